@@ -1,0 +1,604 @@
+"""What every benchmark shares: scratch devices, contestants, fio runs, verdicts, and the table, JSON and plots.
+
+A contestant attaches an image and gives back a Target: the fio options that reach it and, where there is one, the
+server process. Whatever is set up here is a context manager, so that errors, SIGTERM and Ctrl-C undo it all.
+"""
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TICKS = os.sysconf("SC_CLK_TCK")
+UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class BenchError(Exception):
+    pass
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_size(text):
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in UNITS else (text, None)
+    if not number.isdigit():
+        raise BenchError(f"{text}: not a size; give bytes, or a number with K, M, G or T")
+    return int(number) << UNITS.get(unit, 0)
+
+
+def call(*argv):
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BenchError(f"{' '.join(argv)}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
+    return done.stdout.strip()
+
+
+def insist(action, *argv, seconds=10):
+    """Undo steps meet EBUSY while the kernel still lets go of the last user."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return action(*argv)
+        except (BenchError, OSError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def put(path, text):
+    with open(path, "w") as f:
+        f.write(text)
+
+
+def get(path):
+    with open(path) as f:
+        return f.read()
+
+
+def main_guard(main):
+    """Runs main: needs root, turns the ending signals into one exception, and lets nothing interrupt the undoing."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(signo, frame):
+        for s in ending:
+            signal.signal(s, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for s in ending:
+        signal.signal(s, interrupt)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("bench: interrupted, everything is undone")
+        sys.exit(130)
+    except (BenchError, OSError) as error:
+        say(f"bench: {error}")
+        sys.exit(1)
+
+
+def need(root=False, tools=()):
+    missing = [t for t in tools if not shutil.which(t)]
+    if missing:
+        raise BenchError(f"not installed: {' '.join(missing)}; run ./dev deps")
+    if root and os.geteuid() != 0:
+        raise BenchError("only root can set up scratch devices and drop caches; run it as root or with sudo")
+
+
+# ---- scratch devices and images
+
+@contextlib.contextmanager
+def scratch_dir():
+    path = tempfile.mkdtemp(prefix="bight-bench-", dir="/dev/shm")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def zram(size_bytes):
+    """A zram device of its own, so that one that is in use elsewhere is left alone."""
+    if not os.path.exists("/sys/class/zram-control"):
+        call("modprobe", "zram")
+    number = get("/sys/class/zram-control/hot_add").strip()
+    try:
+        put(f"/sys/block/zram{number}/disksize", str(size_bytes))
+        yield f"/dev/zram{number}"
+    finally:
+        insist(put, "/sys/class/zram-control/hot_remove", number)
+
+
+@contextlib.contextmanager
+def loop(file, direct):
+    """The kernel's loop device. It falls back to buffered without a word, so the mode is read back."""
+    device = call("losetup", "--find", "--show", f"--direct-io={'on' if direct else 'off'}", file)
+    try:
+        if get(f"/sys/block/{os.path.basename(device)}/loop/dio").strip() != str(int(direct)):
+            raise BenchError(f"{device}: the kernel refuses direct I/O on {file}")
+        yield device
+    finally:
+        insist(call, "losetup", "-d", device)
+
+
+@contextlib.contextmanager
+def mounted(device, directory):
+    os.makedirs(directory, exist_ok=True)
+    call("mount", device, directory)
+    try:
+        yield directory
+    finally:
+        insist(call, "umount", directory)
+
+
+@contextlib.contextmanager
+def ext4_on_zram(scratch, image_bytes):
+    with zram(max(4 << 30, 2 * image_bytes)) as device:
+        # Lazy initialisation would write in the background of the first minutes.
+        call("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
+        with mounted(device, scratch + "/ext4") as directory:
+            yield directory
+
+
+@contextlib.contextmanager
+def xfs_on_loop(scratch, image_bytes):
+    """The loop device below is the default one, buffered: on tmpfs the page cache is the storage."""
+    backing = scratch + "/xfs.img"
+    with open(backing, "wb") as f:
+        f.truncate(max(2 << 30, 2 * image_bytes))
+    try:
+        with loop(backing, direct=False) as device:
+            call("mkfs.xfs", "-q", device)
+            with mounted(device, scratch + "/xfs") as directory:
+                yield directory
+    finally:
+        os.unlink(backing)
+
+
+FILE_SYSTEMS = {"ext4": ("ext4 on zram", ext4_on_zram), "xfs": ("XFS on a loop device on tmpfs", xfs_on_loop)}
+
+
+class Image:
+    """A file without holes. Its bytes do not compress, so zram stores and copies whole pages for everybody."""
+
+    noise = None
+
+    def __init__(self, path, size_bytes):
+        self.path, self.size_bytes = path, size_bytes
+        self.fill()
+
+    def fill(self):
+        if Image.noise is None:
+            Image.noise = random.Random(1).randbytes(min(self.size_bytes, 64 << 20))
+        mode = "r+b" if os.path.exists(self.path) else "wb"
+        with open(self.path, mode, buffering=0) as f:
+            while (left := self.size_bytes - f.tell()) > 0:
+                f.write(memoryview(Image.noise)[:left])
+        self.drop()
+
+    def drop(self):
+        with open(self.path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def warm(self):
+        """Always by reading: large writes leave large folios, in which ext4 takes 5 times as long for a small write."""
+        with open(self.path, "rb", buffering=0) as f:
+            os.fsync(f.fileno())
+            if int(call("fincore", "--bytes", "--noheadings", "--output", "RES", self.path)) < self.size_bytes:
+                buffer = bytearray(1 << 20)
+                while f.readinto(buffer):
+                    pass
+
+    def whole(self):
+        with open(self.path, "rb") as f:
+            return os.lseek(f.fileno(), 0, os.SEEK_HOLE) == self.size_bytes
+
+    def prepare(self, cache):
+        """The state every run starts from: no holes, nothing dirty, and the page cache "warm" (all of it) or "cold"."""
+        if not self.whole():
+            self.fill()
+        self.warm() if cache == "warm" else self.drop()
+
+
+# ---- servers and other contestants
+
+class Server:
+    """A server process on a unix socket. What it used is exact also for threads that have ended."""
+
+    def __init__(self, argv, workdir, sock):
+        self.argv, self.sock = argv, sock
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(sock)
+        self.log = open(workdir + "/server.log", "w+")
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        self.pid = self.process.pid
+
+    def running(self):
+        return self.process.poll() is None
+
+    def said(self):
+        self.log.seek(0)
+        return self.log.read().strip()[-300:]
+
+    def cpu_seconds(self):
+        fields = get(f"/proc/{self.pid}/stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def switches(self):
+        total = 0
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = get(f"/proc/{self.pid}/task/{task}/status")
+                total += sum(map(int, re.findall(r"ctxt_switches:\s+(\d+)", status)))
+        return total
+
+    def peak_mib(self):
+        peak = re.search(r"VmHWM:\s+(\d+)", get(f"/proc/{self.pid}/status"))
+        if not peak:
+            raise BenchError(f"{self.argv[0]}: ended during the run: {self.said()}")
+        return int(peak[1]) / 1024
+
+    def stop(self, seconds=60):
+        """SIGTERM, and the resource usage of the whole life. The process is gone afterwards, in any case."""
+        usage = None
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + seconds
+            pid = 0
+            while not pid and time.monotonic() < deadline:
+                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+                time.sleep(0.002)
+            if pid:
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+            else:
+                self.process.kill()
+                self.process.wait()
+                raise BenchError(f"{self.argv[0]}: did not end within {seconds} s of SIGTERM")
+        if self.process.returncode not in (0, -signal.SIGTERM):
+            raise BenchError(f"{self.argv[0]}: exit {self.process.returncode}: {self.said()}")
+        return usage
+
+
+@contextlib.contextmanager
+def running(argv, workdir, sock):
+    """A server that is gone afterwards, stopped or not."""
+    server = Server(argv, workdir, sock)
+    try:
+        yield server
+    finally:
+        if server.process.returncode is None:
+            server.process.kill()
+            server.process.wait()
+        server.log.close()
+
+
+@dataclass
+class Target:
+    fio: list
+    server: Optional[Server] = None
+
+
+@dataclass
+class Contestant:
+    name: str
+    cache: str  # the page cache it starts with: "warm" (buffered) or "cold" (direct)
+    attach: Callable  # (image path, work directory) -> context manager giving a Target
+    server_argv: Optional[Callable] = None  # (image path, socket) -> argv, for those that have a server
+
+
+@dataclass
+class Row:
+    name: str
+    rw: str
+    bs: str
+    depth: int
+    unit: str = field(init=False)
+
+    def __post_init__(self):
+        self.unit = "kIOPS" if parse_size(self.bs) < 64 << 10 else "MB/s"
+
+    def of(self, run):
+        return run["iops"] / 1000 if self.unit == "kIOPS" else run["mbps"]
+
+
+def receive(conn, count):
+    data = bytearray()
+    while len(data) < count:
+        part = conn.recv(count - len(data))
+        if not part:
+            raise BenchError("the server closed the connection")
+        data += part
+    return bytes(data)
+
+
+def first_read(server, seconds=20):
+    """Milliseconds from just before the server was spawned until it served one 4 KiB read."""
+    while True:
+        conn = socket.socket(socket.AF_UNIX)
+        try:
+            conn.connect(server.sock)
+            break
+        except (FileNotFoundError, ConnectionRefusedError):
+            conn.close()
+            if not server.running():
+                raise BenchError(f"{server.argv[0]}: exit {server.process.returncode} at start: {server.said()}")
+            if time.perf_counter() - server.started > seconds:
+                raise BenchError(f"{server.argv[0]}: no socket after {seconds} s")
+            time.sleep(0.0001)
+    with conn:
+        conn.settimeout(seconds)
+        if receive(conn, 18)[:16] != b"NBDMAGICIHAVEOPT":
+            raise BenchError(f"{server.argv[0]}: not an NBD server")
+        fixed_newstyle_no_zeroes, opt_export_name, cmd_read, cmd_disc = 3, 1, 0, 2
+        conn.sendall(struct.pack(">I8sII", fixed_newstyle_no_zeroes, b"IHAVEOPT", opt_export_name, 0))
+        receive(conn, 10)
+        conn.sendall(struct.pack(">IHHQQI", 0x25609513, 0, cmd_read, 1, 0, 4096))
+        magic, error, cookie = struct.unpack(">IIQ", receive(conn, 16))
+        if (magic, error, cookie) != (0x67446698, 0, 1):
+            raise BenchError(f"{server.argv[0]}: the first read failed, error {error}")
+        receive(conn, 4096)
+        served = time.perf_counter()
+        conn.sendall(struct.pack(">IHHQQI", 0x25609513, 0, cmd_disc, 2, 0, 0))
+    return (served - server.started) * 1000
+
+
+def nbd_contestant(name, cache, argv):
+    """argv(image, socket) starts an NBD server in the foreground."""
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        sock = workdir + "/nbd.sock"
+        with running(argv(image, sock), workdir, sock) as server:
+            first_read(server)
+            yield Target(["--ioengine=nbd", f"--uri=nbd+unix:///?socket={sock}"], server)
+    return Contestant(name, cache, attach, argv)
+
+
+def loop_contestant(name, cache, direct):
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        with loop(image, direct) as device:
+            yield Target(["--ioengine=io_uring", "--direct=1", f"--filename={device}"])
+    return Contestant(name, cache, attach)
+
+
+def file_contestant(name):
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        yield Target(["--ioengine=io_uring", "--direct=1", f"--filename={image}"])
+    return Contestant(name, "cold", attach)
+
+
+# ---- one run, and all runs
+
+def cpu_busy_seconds():
+    user, nice, system, idle, iowait, irq, softirq, steal = map(int, get("/proc/stat").split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq) / TICKS, steal / TICKS
+
+
+def fio(target, row, workdir, seconds, ramp, extra=()):
+    """A ramp job and then the measured one. fio's own ramp_time hides how many requests it made, and the server's
+    CPU time has to be divided by all of them."""
+    out = workdir + "/fio.json"
+    argv = ["fio", "--output-format=json", f"--output={out}", "--thread", *target.fio,
+            f"--rw={row.rw}", f"--bs={row.bs}", f"--iodepth={row.depth}", "--scramble_buffers=0", "--norandommap",
+            "--time_based", "--lat_percentiles=1", "--clat_percentiles=0", "--percentile_list=50:99", *extra,
+            "--name=ramp", f"--runtime={round(ramp * 1000)}ms",
+            "--name=run", "--stonewall", f"--runtime={round(seconds * 1000)}ms"]
+    done = subprocess.run(argv, cwd=workdir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, timeout=60 + 10 * (seconds + ramp))
+    # The nbd engine talks into the output file, before the JSON.
+    talk, brace, rest = get(out).partition("{\n")
+    jobs = json.loads(brace + rest)["jobs"] if brace else []
+    if done.returncode or len(jobs) != 2 or any(j["error"] for j in jobs):
+        raise BenchError(f"fio: exit {done.returncode}: {(done.stdout + talk).strip()[-300:]}")
+    side = "write" if "write" in row.rw else "read"
+    run, result = jobs[1], jobs[1][side]
+    return {"argv": argv, "iops": result["iops"], "mbps": result["bw_bytes"] / 1e6, "requests": result["total_ios"],
+            "requests_with_ramp": sum(j[side]["total_ios"] for j in jobs),
+            "runtime_ms": result["runtime"], "client_cpu_percent": run["usr_cpu"] + run["sys_cpu"],
+            "client_switches": run["ctx"], "lat_mean_us": result["lat_ns"]["mean"] / 1000,
+            "lat_p50_us": result["lat_ns"]["percentile"]["50.000000"] / 1000,
+            "lat_p99_us": result["lat_ns"]["percentile"]["99.000000"] / 1000}
+
+
+def run_once(contestant, row, image, workdir, seconds, ramp, extra=()):
+    with contestant.attach(image.path, workdir) as target:
+        server = target.server
+        if server:
+            cpu, switches = server.cpu_seconds(), server.switches()
+        busy, steal = cpu_busy_seconds()
+        try:
+            result = fio(target, row, workdir, seconds, ramp, extra)
+        except BenchError as error:
+            raise BenchError(f"{error}; the server: {server.said()}" if server else str(error))
+        busy_after, steal_after = cpu_busy_seconds()
+        result.update(machine_busy_seconds=busy_after - busy, machine_steal_seconds=steal_after - steal)
+        if server:
+            # CPU time is read before the server is told to end, so that its last flush does not count. Context
+            # switches come with the exit status: the threads that a server keeps for each connection are gone by now.
+            used = server.cpu_seconds() - cpu
+            peak = server.peak_mib()
+            usage = server.stop()
+            requests = result["requests_with_ramp"]
+            result.update(server_argv=server.argv, server_cpu_us=used * 1e6 / requests, server_peak_mib=peak,
+                          server_switches=(usage.ru_nvcsw + usage.ru_nivcsw - switches) / requests)
+        return result
+
+
+def rotate(items, by):
+    by %= max(len(items), 1)
+    return items[by:] + items[:by]
+
+
+def order(contestants, nth):
+    """Everyone gets every place. Warm and cold ones stay together, so that the cache is filled once a round."""
+    groups = [[c for c in contestants if c.cache == cache] for cache in ("warm", "cold")]
+    return [c for group in rotate(groups, nth) for c in rotate(group, nth)]
+
+
+def measure(file_system, rows, contestants, image, workdir, rounds, seconds, ramp, runs):
+    """Appends to runs, so that what was measured is kept when the rest is interrupted. One failure costs one cell."""
+    total, done, began = len(rows) * rounds * len(contestants), 0, time.monotonic()
+    for row in rows:
+        if "write" in row.rw:
+            image.fill()
+        for nth in range(rounds):
+            for place, contestant in enumerate(order(contestants, nth)):
+                image.prepare(contestant.cache)
+                run = {"file_system": file_system, "row": row.name, "contestant": contestant.name, "round": nth,
+                       "place": place}
+                try:
+                    run.update(run_once(contestant, row, image, workdir, seconds, ramp))
+                    shown = f"{row.of(run):8.1f} {row.unit}"
+                except (BenchError, OSError, subprocess.TimeoutExpired) as error:
+                    run["failed"] = str(error)
+                    shown = f"FAILED: {error}"
+                runs.append(run)
+                done += 1
+                left = (time.monotonic() - began) / done * (total - done)
+                say(f"{file_system} {row.name:>9} round {nth + 1}/{rounds} {contestant.name:<22} {shown}"
+                    f"  ({left / 60:.0f} min left)")
+
+
+def measure_starts(contestants, image, workdir, count):
+    """Milliseconds from exec to the first served read, for those that have a server."""
+    servers = [c for c in contestants if c.server_argv]
+    times = {c.name: [] for c in servers}
+    sock = workdir + "/nbd.sock"
+    for nth in range(count):
+        for contestant in rotate(servers, nth):
+            with running(contestant.server_argv(image.path, sock), workdir, sock) as server:
+                times[contestant.name].append(first_read(server))
+                server.stop()
+    return times
+
+
+# ---- what the figures say
+
+def values(runs, row, contestant, metric):
+    """One figure a round, by round number."""
+    return {r["round"]: metric(r) for r in runs
+            if r["row"] == row and r["contestant"] == contestant and "failed" not in r and metric(r) is not None}
+
+
+def spread(figures):
+    return (statistics.median(figures), min(figures), max(figures)) if figures else None
+
+
+def ratios(a, b):
+    """Round by round: the two stood next to each other in time, so a slow minute hits both."""
+    both = [a[n] / b[n] for n in a if n in b and b[n]]
+    return (statistics.median(a.values()) / statistics.median(b.values()), min(both), max(both)) if both else None
+
+
+def verdict(triple, aim, at_least, count):
+    """Decided only when every round falls on the same side, and from three rounds on."""
+    if triple is None:
+        return "not measured"
+    median, low, high = triple
+    if count >= 3 and (low >= aim if at_least else high <= aim):
+        return "met"
+    if count >= 3 and (high < aim if at_least else low > aim):
+        return "missed"
+    return "undecided"
+
+
+def markdown(header, lines):
+    cells = [[str(c) for c in line] for line in [header] + lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells) + "\n"
+
+
+def show(triple, form="{:.1f}"):
+    if triple is None:
+        return "–"
+    median, low, high = (form.format(x) for x in triple)
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def details(runs, rows, contestants):
+    """Everything but the ranking: one line for each row and contestant, medians of the rounds."""
+    metrics = [("kIOPS", lambda r: r["iops"] / 1000, "{:.1f}"), ("MB/s", lambda r: r["mbps"], "{:.0f}"),
+               ("p50 µs", lambda r: r["lat_p50_us"], "{:.0f}"), ("p99 µs", lambda r: r["lat_p99_us"], "{:.0f}"),
+               ("client CPU %", lambda r: r["client_cpu_percent"], "{:.0f}"),
+               ("server CPU µs/request", lambda r: r.get("server_cpu_us"), "{:.2f}"),
+               ("switches/request", lambda r: r.get("server_switches"), "{:.3f}"),
+               ("server peak MiB", lambda r: r.get("server_peak_mib"), "{:.1f}")]
+    lines = []
+    for row in rows:
+        for contestant in contestants:
+            line = [row.name, contestant.name]
+            for _, metric, form in metrics:
+                figures = values(runs, row.name, contestant.name, metric)
+                line.append(form.format(statistics.median(figures.values())) if figures else "–")
+            lines.append(line)
+    return markdown(["row", "contestant", *(name for name, _, _ in metrics)], lines)
+
+
+def plot(path, title, runs, rows, contestants):
+    """One bar chart: 4 KiB rows in thousands of requests, large ones in MB/s, with the range of the rounds."""
+    panels = [(unit, [r for r in rows if r.unit == unit]) for unit in ("kIOPS", "MB/s")]
+    panels = [(unit, rows_here) for unit, rows_here in panels if rows_here]
+    script = ["set terminal svg size 1200,520 background rgb 'white' font 'sans-serif,12'", f"set output '{path}'",
+              f"set multiplot layout 1,{len(panels)} title '{title}'", "set style data histograms",
+              "set style histogram errorbars gap 2 lw 1", "set style fill solid 0.85 border -1", "set yrange [0:*]",
+              "set grid ytics", "set datafile missing '?'", "set key top left reverse Left font ',10'",
+              "set offsets 0,0,graph 0.4,0"]
+    for number, (unit, rows_here) in enumerate(panels):
+        script.append(f"$panel{number} << END")
+        for row in rows_here:
+            line = [row.name]
+            for contestant in contestants:
+                triple = spread(list(values(runs, row.name, contestant.name, row.of).values()))
+                line += [f"{x:.3f}" for x in triple] if triple else ["?"] * 3
+            script.append(" ".join(line))
+        script.append("END")
+        series = ", ".join(f"$panel{number} using {3 * i + 2}:{3 * i + 3}:{3 * i + 4}:xtic(1) title '{c.name}'"
+                           for i, c in enumerate(contestants))
+        script.append(f"set ylabel '{unit}'\nplot {series}")
+    done = subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise BenchError(f"gnuplot: {done.stdout.strip()[-300:]}")
+
+
+def version(*argv):
+    with contextlib.suppress(OSError):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True)
+        return done.stdout.strip().split("\n")[0]
+    return None
+
+
+def machine():
+    cpu = re.search(r"model name\s*:\s*(.*)", get("/proc/cpuinfo"))
+    vm = {name: get(f"/proc/sys/vm/{name}").strip() for name in ("dirty_ratio", "dirty_background_ratio")}
+    return {"kernel": platform.release(), "cpu": cpu[1] if cpu else platform.machine(), "cpus": os.cpu_count(),
+            "virtual": "hypervisor" in get("/proc/cpuinfo"),
+            "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20, "vm": vm,
+            "load_at_start": os.getloadavg(), "fio": version("fio", "--version"),
+            "nbdkit": version("nbdkit", "--version"), "qemu-nbd": version("qemu-nbd", "--version"),
+            "libnbd": version("nbdinfo", "--version")}
+
+
+def results_dir(name):
+    path = f"{ROOT}/bench/results/{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
+    os.makedirs(path)
+    return path
