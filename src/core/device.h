@@ -1,0 +1,79 @@
+// A device: an image, a map, an io, and the queues that serve it.
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "core/flush.h"
+#include "core/limits.h"
+#include "image/image.h"
+#include "map/map.h"
+#include "ring/ring.h"
+#include "util/log.h"
+
+struct io;
+struct queue;
+struct rq;
+
+#define DEVICE_NAME_MAX 4096
+
+struct device_options {
+    const char *name;
+    const char *io;  // "direct", "buffered", "null" or "fault:SPEC"
+    const char *map; // "linear"
+    const struct ring_ops *ring;
+    unsigned nr_queues;
+    unsigned depth;
+    uint32_t block_bytes; // 0: any
+    struct image_options image;
+};
+
+// A freeze: all queues of the device idle, new requests held back.
+struct freeze {
+    // Required. Called once all queues are frozen, on the thread of one of them; ends (now or later)
+    // with device_unfreeze().
+    void (*frozen)(struct freeze *freeze);
+    struct freeze *next;
+};
+
+struct device {
+    char *name;
+    struct image image;
+    struct map map;
+    struct io *io;
+    struct limits limits;         // changed only while frozen
+    struct durability durability; // changed only while frozen
+    unsigned depth;
+    unsigned nr_queues;
+    struct queue *queues;
+    atomic_uint next_queue; // for device_pick_queue()
+    atomic_int flush_error; // sticky (core/flush.c F2)
+
+    // Freezes are done one after the other, first come first served.
+    pthread_mutex_t freeze_lock;
+    struct freeze *freezes; // the first is the active one
+    atomic_uint nr_unfrozen_queues;
+};
+
+// Opens the image and starts the queues. 0 or a negative errno with err set.
+int device_create(struct device **dev, const char *image_path, const struct device_options *options,
+                  struct err *err);
+
+// Ends the queues' threads. No transport uses the device any more. 0, or the error of a last flush.
+int device_stop(struct device *dev);
+
+// After workers_stop(), see R5 in ring/ring.h.
+void device_destroy(struct device *dev);
+
+// Has freeze->frozen() called when nothing is in flight. Any thread.
+void device_freeze(struct device *dev, struct freeze *freeze);
+
+// Ends the active freeze. Any thread.
+void device_unfreeze(struct device *dev);
+
+// One of the queues (lifecycle.c), in turn. Any thread.
+struct queue *device_pick_queue(struct device *dev);
+
+// 0, or what the request is to be answered: range, read-only, alignment. Pure; hot.
+int device_check(const struct device *dev, const struct rq *rq);

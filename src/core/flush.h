@@ -1,0 +1,42 @@
+// Durability: what a device may promise, and how it keeps it.
+#pragma once
+
+#include <stdbool.h>
+
+enum flush_action {
+    FLUSH_NOTHING,   // nothing is volatile
+    FLUSH_FDATASYNC, // fdatasync of the image
+};
+
+enum fua_action {
+    FUA_NOTHING, // a write is durable when it is complete
+    FUA_DSYNC,   // RWF_DSYNC, or fdatasync after what is no write(2)
+};
+
+struct durability_in {
+    bool is_read_only;
+    bool is_stored; // the io keeps what is written (false: null)
+    bool is_sync;   // the fd was opened with O_SYNC or O_DSYNC
+};
+
+struct durability {
+    bool has_volatile_cache; // advertise a write cache, FLUSH and FUA
+    enum flush_action flush;
+    enum fua_action fua;
+};
+
+// The one place that decides what is advertised. Pure.
+struct durability flush_durability(const struct durability_in *in);
+
+struct rq;
+struct device;
+
+// A FLUSH begins: covers every write of the device that is complete. Queue's thread.
+void flush_submit(struct rq *rq);
+
+// RWF_* for this write. Queue's thread.
+int flush_rw_flags(const struct rq *rq);
+
+// An fsync, or a write that implied one, failed with error (< 0): the kernel has told that once and
+// will not again, so every FLUSH from now on fails. Any thread.
+void flush_failed(struct device *dev, int error);

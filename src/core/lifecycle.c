@@ -1,0 +1,276 @@
+// How a device begins and ends, and how it is frozen. Cold.
+//
+//  L1. A freeze: one message to each queue; each tells the device when it is idle; the last one to
+//      do so calls frozen(). All queues are idle from then until device_unfreeze().
+//  L2. Freezes do not overlap: the next one begins after the end of the one before.
+
+#include <assert.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/device.h"
+#include "core/queue.h"
+#include "io/io.h"
+#include "util/util.h"
+
+static void queue_freeze(struct ring_op *op, int res)
+{
+    struct queue *queue = container_of(op, struct queue, freeze_op);
+
+    (void)res;
+    queue->is_frozen = true;
+    queue->is_freeze_due = true;
+    if (!queue->nr_inflight)
+        queue_tell_frozen(queue);
+}
+
+static void queue_unfreeze(struct ring_op *op, int res)
+{
+    struct queue *queue = container_of(op, struct queue, unfreeze_op);
+
+    (void)res;
+    queue->is_frozen = false;
+    queue_restart_held(queue);
+}
+
+void queue_tell_frozen(struct queue *queue)
+{
+    struct device *dev = queue->dev;
+
+    queue->is_freeze_due = false;
+    if (atomic_fetch_sub(&dev->nr_unfrozen_queues, 1) == 1) {
+        struct freeze *active;
+
+        pthread_mutex_lock(&dev->freeze_lock);
+        active = dev->freezes;
+        pthread_mutex_unlock(&dev->freeze_lock);
+        active->frozen(active); // L1
+    }
+}
+
+// freeze_lock held.
+static void device_begin_freeze(struct device *dev)
+{
+    atomic_store(&dev->nr_unfrozen_queues, dev->nr_queues);
+    for (unsigned i = 0; i < dev->nr_queues; i++)
+        ring_post(dev->queues[i].ring, &dev->queues[i].freeze_op, 0);
+}
+
+void device_freeze(struct device *dev, struct freeze *freeze)
+{
+    struct freeze **at = &dev->freezes;
+
+    freeze->next = NULL;
+    pthread_mutex_lock(&dev->freeze_lock);
+    while (*at)
+        at = &(*at)->next;
+    *at = freeze;
+    if (dev->freezes == freeze)
+        device_begin_freeze(dev); // L2
+    pthread_mutex_unlock(&dev->freeze_lock);
+}
+
+void device_unfreeze(struct device *dev)
+{
+    pthread_mutex_lock(&dev->freeze_lock);
+    assert(dev->freezes);
+    dev->freezes = dev->freezes->next;
+    // Each queue gets this message before that of the next freeze: R4 of ring/ring.h.
+    for (unsigned i = 0; i < dev->nr_queues; i++)
+        ring_post(dev->queues[i].ring, &dev->queues[i].unfreeze_op, 0);
+    if (dev->freezes)
+        device_begin_freeze(dev); // L2
+    pthread_mutex_unlock(&dev->freeze_lock);
+}
+
+static void queue_stop(struct ring_op *op, int res)
+{
+    struct queue *queue = container_of(op, struct queue, stop_op);
+
+    (void)res;
+    queue->is_stopping = true;
+}
+
+struct queue_start {
+    struct queue *queue;
+    const struct ring_ops *ring_ops;
+    pthread_barrier_t barrier;
+    int ret;
+    struct err err;
+};
+
+static void *queue_main(void *arg)
+{
+    struct queue_start *start = arg;
+    struct queue *queue = start->queue;
+    int ret = ring_create(start->ring_ops, &queue->ring, &start->err); // R1
+
+    start->ret = ret;
+    if (!ret)
+        ring_add_fd(queue->ring, queue->dev->image.fd);
+    pthread_barrier_wait(&start->barrier); // start is gone after this
+    if (ret < 0)
+        return NULL;
+    while (!queue->is_stopping || queue->nr_inflight) {
+        ret = ring_run(queue->ring);
+        if (ret < 0) {
+            log_line("queue %u of %s: ring: %s; cannot go on", queue->index, queue->dev->name,
+                     strerror(-ret));
+            abort(); // requests in flight could not be answered any more
+        }
+    }
+    return NULL;
+}
+
+static int queue_start(struct device *dev, struct queue *queue, const struct ring_ops *ring_ops,
+                       struct err *err)
+{
+    struct queue_start start = {.queue = queue, .ring_ops = ring_ops};
+    sigset_t all, old;
+    int ret;
+
+    queue->held_tail = &queue->held;
+    queue->freeze_op.done = queue_freeze;
+    queue->unfreeze_op.done = queue_unfreeze;
+    queue->stop_op.done = queue_stop;
+    pthread_barrier_init(&start.barrier, NULL, 2);
+    sigfillset(&all); // signals are for the main thread
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    ret = -pthread_create(&queue->thread, NULL, queue_main, &start);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (ret < 0) {
+        err_set(err, ret, "%s: starting a thread: %s; use fewer --queues", dev->name,
+                strerror(-ret));
+        goto out;
+    }
+    pthread_barrier_wait(&start.barrier);
+    ret = start.ret;
+    if (ret < 0) {
+        pthread_join(queue->thread, NULL);
+        *err = start.err;
+    }
+out:
+    pthread_barrier_destroy(&start.barrier);
+    return ret;
+}
+
+static void device_stop_queues(struct device *dev, unsigned nr_started)
+{
+    for (unsigned i = 0; i < nr_started; i++)
+        ring_post(dev->queues[i].ring, &dev->queues[i].stop_op, 0);
+    for (unsigned i = 0; i < nr_started; i++)
+        pthread_join(dev->queues[i].thread, NULL);
+}
+
+static int device_start_queues(struct device *dev, const struct device_options *options,
+                               struct err *err)
+{
+    int ret;
+
+    dev->queues = aligned_alloc(64, options->nr_queues * sizeof(*dev->queues));
+    if (!dev->queues)
+        return err_set(err, -ENOMEM, "%s: out of memory", dev->name);
+    memset(dev->queues, 0, options->nr_queues * sizeof(*dev->queues));
+    for (unsigned i = 0; i < options->nr_queues; i++) {
+        struct queue *queue = &dev->queues[i];
+
+        queue->dev = dev;
+        queue->index = i;
+        ret = queue_start(dev, queue, options->ring, err);
+        if (ret < 0) {
+            device_stop_queues(dev, i);
+            for (unsigned j = 0; j < i; j++)
+                ring_destroy(dev->queues[j].ring);
+            free(dev->queues);
+            return ret;
+        }
+    }
+    dev->nr_queues = options->nr_queues;
+    return 0;
+}
+
+int device_create(struct device **out, const char *image_path, const struct device_options *options,
+                  struct err *err)
+{
+    struct image_options image_options = options->image;
+    struct device *dev = calloc(1, sizeof(*dev));
+    int ret;
+
+    if (!dev || !(dev->name = strdup(options->name))) {
+        free(dev);
+        return err_set(err, -ENOMEM, "%s: out of memory", options->name);
+    }
+    pthread_mutex_init(&dev->freeze_lock, NULL);
+    dev->depth = options->depth;
+    image_options.want_direct = io_wants_direct(options->io);
+    ret = image_open(&dev->image, image_path, &image_options, err);
+    if (ret < 0)
+        goto out_free;
+    ret = io_create(&dev->io, dev, options->io, err);
+    if (ret < 0)
+        goto out_image;
+    dev->map.image = &dev->image;
+    dev->map.ops = map_find(options->map, err);
+    ret = dev->map.ops ? dev->map.ops->open(&dev->map, err) : -EINVAL;
+    if (ret < 0)
+        goto out_io;
+    dev->limits = limits_of(&dev->image, options->block_bytes);
+    dev->durability = flush_durability(&(struct durability_in){
+        .is_read_only = dev->image.is_read_only,
+        .is_stored = dev->io->ops->is_stored,
+        .is_sync = dev->image.is_sync,
+    });
+    ret = device_start_queues(dev, options, err);
+    if (ret < 0)
+        goto out_map;
+    *out = dev;
+    return 0;
+
+out_map:
+    if (dev->map.ops->close)
+        dev->map.ops->close(&dev->map);
+out_io:
+    io_destroy(dev->io);
+out_image:
+    image_close(&dev->image);
+out_free:
+    pthread_mutex_destroy(&dev->freeze_lock);
+    free(dev->name);
+    free(dev);
+    return ret;
+}
+
+struct queue *device_pick_queue(struct device *dev)
+{
+    return &dev->queues[atomic_fetch_add(&dev->next_queue, 1) % dev->nr_queues];
+}
+
+int device_stop(struct device *dev)
+{
+    int error;
+
+    device_stop_queues(dev, dev->nr_queues);
+    if (dev->durability.flush == FLUSH_NOTHING)
+        return 0;
+    if (fdatasync(dev->image.fd) < 0)
+        flush_failed(dev, -errno);
+    error = atomic_load(&dev->flush_error);
+    return error;
+}
+
+void device_destroy(struct device *dev)
+{
+    for (unsigned i = 0; i < dev->nr_queues; i++)
+        ring_destroy(dev->queues[i].ring);
+    free(dev->queues);
+    if (dev->map.ops->close)
+        dev->map.ops->close(&dev->map);
+    io_destroy(dev->io);
+    image_close(&dev->image);
+    pthread_mutex_destroy(&dev->freeze_lock);
+    free(dev->name);
+    free(dev);
+}

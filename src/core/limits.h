@@ -1,0 +1,18 @@
+// What sizes and places a device takes.
+#pragma once
+
+#include <stdint.h>
+
+#define LIMITS_MAX_TRANSFER_BYTES (32U * 1024 * 1024) // READ, WRITE: what every NBD client may send
+
+struct limits {
+    uint64_t size_bytes;
+    uint32_t min_block_bytes;       // offsets and lengths are multiples of it; 1: any byte
+    uint32_t preferred_block_bytes; // smaller or unaligned is slower
+    uint32_t max_transfer_bytes;    // of one READ or WRITE
+};
+
+struct image;
+
+// block_bytes: what the user asked for, 0 for nothing. Pure.
+struct limits limits_of(const struct image *image, uint32_t block_bytes);

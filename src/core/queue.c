@@ -1,0 +1,209 @@
+// A request's way through the core. See queue.h for the path and the invariants.
+
+#include "core/queue.h"
+
+#include <assert.h>
+#include <errno.h>
+
+#include "core/block_status.h"
+#include "core/device.h"
+#include "core/flush.h"
+#include "io/io.h"
+#include "util/iov.h"
+#include "util/util.h"
+
+static void queue_hold(struct queue *queue, struct rq *rq)
+{
+    rq->next = NULL;
+    *queue->held_tail = rq;
+    queue->held_tail = &rq->next;
+}
+
+void rq_end(struct rq *rq, int error)
+{
+    struct queue *queue = rq->queue;
+    struct op_stats *stats = &queue->stats.op[rq->op];
+
+    assert(error <= 0);
+    rq->error = error;
+    stats_add(&stats->nr_done, 1);
+    if (error)
+        stats_add(&stats->nr_errors, 1);
+    else
+        stats_add(&stats->nr_bytes, rq->len_bytes);
+    stats_add(&stats->latency[stats_bucket(queue->ring->now_ns - rq->start_ns)], 1);
+    stats_add(&queue->stats.nr_inflight, -1U);
+    queue_count_out(queue);
+    rq->done(rq); // Q2
+}
+
+static void rq_uncut_part(struct rq *rq)
+{
+    if (!rq->iov_cut_bytes)
+        return;
+    rq->iov[rq->part_nr_iov - 1].iov_len += rq->iov_cut_bytes;
+    rq->iov_cut_bytes = 0;
+}
+
+void rq_cut_part(struct rq *rq, uint64_t len_bytes)
+{
+    unsigned i = 0;
+    uint64_t left = len_bytes;
+
+    rq_uncut_part(rq);
+    while (left > rq->iov[i].iov_len)
+        left -= rq->iov[i++].iov_len;
+    rq->part_nr_iov = (uint16_t)(i + 1);
+    rq->iov_cut_bytes = rq->iov[i].iov_len - left;
+    rq->iov[i].iov_len = left;
+    rq->ext.len_bytes = len_bytes;
+}
+
+static void rq_advance(struct rq *rq, uint64_t n)
+{
+    rq->done_bytes += n;
+    rq_uncut_part(rq);
+    while (rq->nr_iov && n >= rq->iov->iov_len) {
+        n -= rq->iov->iov_len;
+        rq->iov++;
+        rq->nr_iov--;
+    }
+    if (n) {
+        rq->iov->iov_base = (char *)rq->iov->iov_base + n;
+        rq->iov->iov_len -= n;
+    }
+}
+
+// The next part of a READ or WRITE: what lies in one extent.
+static void rq_step(struct rq *rq)
+{
+    struct device *dev = rq->queue->dev;
+
+    rq_uncut_part(rq); // begins again after rq_hold()
+    while (rq->done_bytes < rq->len_bytes) {
+        uint64_t left_bytes = rq->len_bytes - rq->done_bytes;
+        int ret = map_extent(&dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false,
+                             &rq->ext);
+
+        if (ret < 0) {
+            rq_end(rq, ret);
+            return;
+        }
+        if (rq->ext.state == EXTENT_MAPPED) {
+            if (rq->ext.len_bytes < left_bytes)
+                rq_cut_part(rq, rq->ext.len_bytes);
+            else
+                rq->part_nr_iov = rq->nr_iov;
+            io_rw(dev->io, rq);
+            return;
+        }
+        assert(rq->op == REQ_OP_READ); // a map that has holes on the data path allocates for writes
+        iov_zero(rq->iov, 0, rq_part_bytes(rq));
+        rq_advance(rq, rq_part_bytes(rq));
+    }
+    rq_end(rq, 0);
+}
+
+void rq_part_done(struct rq *rq, int res)
+{
+    if (res < 0) {
+        rq_end(rq, res);
+        return;
+    }
+    if (!res) {
+        // The file ends before the device does: zeroes. A write that moves nothing never will.
+        if (rq->op != REQ_OP_READ) {
+            rq_end(rq, -EIO);
+            return;
+        }
+        iov_zero(rq->iov, 0, rq_part_bytes(rq));
+        rq_advance(rq, rq_part_bytes(rq));
+    } else if ((uint64_t)res == rq->len_bytes - rq->done_bytes) {
+        rq->done_bytes = rq->len_bytes;
+        rq_end(rq, 0);
+        return;
+    } else {
+        rq_advance(rq, (uint64_t)res);
+    }
+    rq_step(rq);
+}
+
+static int rq_work(struct ring_op *op)
+{
+    struct rq *rq = container_of(op, struct rq, ring_op);
+
+    return rq->work(rq);
+}
+
+void rq_work_done(struct ring_op *op, int res)
+{
+    rq_end(container_of(op, struct rq, ring_op), res);
+}
+
+void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq),
+                    void (*done)(struct ring_op *op, int res))
+{
+    rq->work = work;
+    rq->ring_op.done = done;
+    rq->ring_op.code = RING_CALL;
+    rq->ring_op.call = rq_work;
+    ring_queue(rq->queue->ring, &rq->ring_op);
+}
+
+static void rq_start(struct rq *rq)
+{
+    struct queue *queue = rq->queue;
+
+    queue_count_in(queue);
+    switch (rq->op) {
+    case REQ_OP_READ:
+    case REQ_OP_WRITE:
+        rq_step(rq);
+        break;
+    case REQ_OP_FLUSH:
+        flush_submit(rq);
+        break;
+    case REQ_OP_BLOCK_STATUS:
+        rq_call_worker(rq, block_status_work, rq_work_done);
+        break;
+    default:
+        io_submit_other(queue->dev->io, rq);
+    }
+}
+
+void queue_submit(struct queue *queue, struct rq *rq)
+{
+    int error = device_check(queue->dev, rq);
+
+    rq->queue = queue;
+    rq->start_ns = queue->ring->now_ns;
+    rq->done_bytes = 0;
+    rq->iov_cut_bytes = 0;
+    stats_add(&queue->stats.nr_inflight, 1);
+    if (error) {
+        queue_count_in(queue);
+        rq_end(rq, error);
+    } else if (queue->is_frozen) {
+        queue_hold(queue, rq);
+    } else {
+        rq_start(rq);
+    }
+}
+
+void rq_hold(struct rq *rq)
+{
+    queue_hold(rq->queue, rq);
+    queue_count_out(rq->queue);
+}
+
+void queue_restart_held(struct queue *queue)
+{
+    struct rq *rq = queue->held, *next;
+
+    queue->held = NULL;
+    queue->held_tail = &queue->held;
+    for (; rq; rq = next) {
+        next = rq->next;
+        rq_start(rq);
+    }
+}

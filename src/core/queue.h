@@ -1,0 +1,76 @@
+// A queue: one thread and one ring that serve requests of a device. The hot path of bight:
+//
+//   transport -> queue_submit -> rq_start -> rq_step -> map_extent -> io_rw -> ring_queue
+//   ring done -> rq_part_done -> rq_end -> rq->done (transport)
+//
+//  Q1. A queue's data is touched by its own thread alone; others send it messages by ring_post().
+//  Q2. A request is answered exactly once, by rq->done(), on its queue's thread.
+//  Q3. nr_inflight counts the requests between rq_start() and rq_end(). While the queue is frozen
+//      none is started; those that were under way come to their end.
+#pragma once
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "core/rq.h"
+#include "core/stats.h"
+
+struct device;
+
+struct queue {
+    struct device *dev;
+    struct ring *ring;
+    unsigned index;
+    unsigned nr_inflight;
+    bool is_frozen;
+    bool is_freeze_due;            // frozen, and the device has not been told yet
+    struct rq *held, **held_tail; // waiting for the end of the freeze
+    struct queue_stats stats;
+
+    // Messages from other threads (lifecycle.c).
+    struct ring_op freeze_op, unfreeze_op, stop_op;
+    bool is_stopping;
+    pthread_t thread;
+};
+
+// The device's answer to a request. Never blocks. Queue's thread.
+void queue_submit(struct queue *queue, struct rq *rq);
+
+// Begins again what was held back; for lifecycle.c.
+void queue_restart_held(struct queue *queue);
+
+// For an io: takes rq back until the next unfreeze of the device, then begins again with what is not
+// done yet. Queue's thread.
+void rq_hold(struct rq *rq);
+
+// For an io: the part at hand has moved res bytes, or failed with a negative errno. 0 bytes: the end
+// of the file below. Queue's thread.
+void rq_part_done(struct rq *rq, int res);
+
+// For an io: shortens the part at hand to len_bytes (> 0).
+void rq_cut_part(struct rq *rq, uint64_t len_bytes);
+
+// The request is over with error (0 or a negative errno). Queue's thread.
+void rq_end(struct rq *rq, int error);
+
+// Has a worker run work(rq), and done() called with its result on the queue's thread. Any done() may
+// be rq_work_done(), which ends the request with that. Queue's thread.
+void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq),
+                    void (*done)(struct ring_op *op, int res));
+void rq_work_done(struct ring_op *op, int res);
+
+// The queue is frozen and idle: tells the device (lifecycle.c).
+void queue_tell_frozen(struct queue *queue);
+
+// Q3, for requests and for what else must come to its end before a freeze or the queue's end.
+static inline void queue_count_in(struct queue *queue)
+{
+    queue->nr_inflight++;
+}
+
+static inline void queue_count_out(struct queue *queue)
+{
+    queue->nr_inflight--;
+    if (queue->is_freeze_due && !queue->nr_inflight)
+        queue_tell_frozen(queue);
+}

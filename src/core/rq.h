@@ -1,0 +1,78 @@
+// A request: what a transport asks of a device. It lives in a tag set (tags.h), goes down through
+// queue -> map -> io -> ring, and comes back by way of rq_complete() exactly once.
+#pragma once
+
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "map/map.h"
+#include "ring/ring.h"
+
+enum req_op {
+    REQ_OP_READ,
+    REQ_OP_WRITE,
+    REQ_OP_FLUSH,
+    REQ_OP_DISCARD,      // a hint: contents are undefined afterwards
+    REQ_OP_WRITE_ZEROES,
+    REQ_OP_BLOCK_STATUS, // iov[0] is an array of struct extent to fill
+    REQ_OP_PREFETCH,     // a hint: reads of the range will follow
+    REQ_OP_NR,
+};
+
+enum rq_flags {
+    RQ_FUA = 1 << 0,       // WRITE, WRITE_ZEROES, DISCARD: durable when complete
+    RQ_NOUNMAP = 1 << 1,   // WRITE_ZEROES: the range stays allocated
+    RQ_FAST_ZERO = 1 << 2, // WRITE_ZEROES: -EOPNOTSUPP rather than writing zeroes out
+    RQ_ONE_EXTENT = 1 << 3, // BLOCK_STATUS: one extent is enough
+};
+
+struct queue;
+
+struct rq {
+    // The transport's, set before queue_submit().
+    uint8_t op; // enum req_op
+    uint8_t flags;
+    uint16_t tag;
+    uint16_t nr_iov;
+    int16_t buf_index;    // registered buffer that holds all of iov, or -1
+    struct iovec *iov;    // READ, WRITE: len_bytes in all; is used up on the way
+    uint64_t offset_bytes; // in the device
+    uint64_t len_bytes;
+    void (*done)(struct rq *rq); // on the queue's thread
+
+    // The answer, for done().
+    int error;         // 0 or a negative errno
+    unsigned nr_extents; // BLOCK_STATUS: how many were filled
+
+    // The core's.
+    struct queue *queue;
+    struct rq *next; // held back, or in a list of the io's
+    uint64_t start_ns;
+    uint64_t done_bytes; // of len_bytes; READ, WRITE: also gone from iov
+
+    // Where the part at hand is (offset_bytes + done_bytes, ext.len_bytes long), for the io.
+    struct extent ext;
+    size_t iov_cut_bytes; // taken off the part's last vector, which belongs to the next part
+    uint16_t part_nr_iov;
+
+    struct ring_op ring_op; // the io's operation in flight
+    int (*work)(struct rq *rq); // what a worker thread does for it
+    void (*flush_done)(struct ring_op *op, int res); // fault: ring_op.done while it waits
+    // The io's, while it has the request.
+    struct {
+        uint64_t start, end; // range locked
+        struct rq *next;
+        uint8_t is_held, is_exclusive;
+    } lock;
+};
+
+static inline int rq_is_write(const struct rq *rq)
+{
+    return rq->op == REQ_OP_WRITE || rq->op == REQ_OP_DISCARD || rq->op == REQ_OP_WRITE_ZEROES;
+}
+
+// Length of the part at hand.
+static inline uint64_t rq_part_bytes(const struct rq *rq)
+{
+    return rq->ext.len_bytes;
+}

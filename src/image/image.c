@@ -1,0 +1,251 @@
+// Opening an image: checks first, locks next, nothing is changed in it. Cold.
+
+#include "image/image.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "util/util.h"
+
+// QEMU's permissions (include/block/block-common.h), as bits of the bytes that it locks.
+enum {
+    PERM_CONSISTENT_READ = 1 << 0,
+    PERM_WRITE = 1 << 1,
+    PERM_RESIZE = 1 << 3,
+    PERM_NR_BITS = 4,
+};
+#define LOCK_PERM_BASE 100
+#define LOCK_SHARED_BASE 200
+
+static int lock_byte(int fd, int command, short type, off_t at)
+{
+    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
+
+    if (fcntl(fd, command, &lock) < 0)
+        return -errno;
+    // F_OFD_GETLK tells who would be in the way.
+    return command == F_OFD_GETLK && lock.l_type != F_UNLCK ? -EAGAIN : 0;
+}
+
+int image_lock(int fd, bool is_read_only)
+{
+    unsigned used = is_read_only ? PERM_CONSISTENT_READ : PERM_CONSISTENT_READ | PERM_WRITE;
+    unsigned unshared = PERM_WRITE | PERM_RESIZE;
+    int ret;
+
+    // Say what we do and what we do not share, then look whether others mind or do what we do not
+    // share. Two that start at once may both be refused, never both let in.
+    for (unsigned i = 0; i < PERM_NR_BITS; i++) {
+        if ((used & 1U << i) && (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_PERM_BASE + i)) < 0)
+            return ret;
+        if ((unshared & 1U << i) &&
+            (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_SHARED_BASE + i)) < 0)
+            return ret;
+    }
+    for (unsigned i = 0; i < PERM_NR_BITS; i++) {
+        if ((used & 1U << i) &&
+            (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_SHARED_BASE + i)) < 0)
+            return ret;
+        if ((unshared & 1U << i) &&
+            (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_PERM_BASE + i)) < 0)
+            return ret;
+    }
+    return 0;
+}
+
+const char *image_looks_like(const void *head, unsigned len_bytes)
+{
+    static const struct {
+        const char *format;
+        unsigned at, len;
+        const char *magic;
+    } formats[] = {
+        {"qcow2", 0, 4, "QFI\xfb"},
+        {"qed", 0, 4, "QED\0"},
+        {"vmdk", 0, 4, "KDMV"},
+        {"vmdk", 0, 4, "COWD"},
+        {"vmdk", 0, 21, "# Disk DescriptorFile"},
+        {"vhdx", 0, 8, "vhdxfile"},
+        {"vpc", 0, 8, "conectix"},
+        {"vdi", 64, 4, "\x7f\x10\xda\xbe"},
+        {"parallels", 0, 16, "WithoutFreeSpace"},
+        {"parallels", 0, 16, "WithouFreSpacExt"},
+        {"luks", 0, 6, "LUKS\xba\xbe"},
+        {"bochs", 0, 21, "Bochs Virtual HD Image"},
+        {"cloop", 0, 26, "#!/bin/sh\n#V2.0 Format\nmod"},
+        {"dmg", 0, 4, "koly"},
+    };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(formats); i++) {
+        if (formats[i].at + formats[i].len <= len_bytes &&
+            !memcmp((const char *)head + formats[i].at, formats[i].magic, formats[i].len))
+            return formats[i].format;
+    }
+    return NULL;
+}
+
+static int image_check_format(const struct image *image, const struct image_options *options,
+                              struct err *err)
+{
+    const char *format;
+    char *head;
+    ssize_t n;
+    int ret = 0;
+
+    if (options->is_format_raw)
+        return 0;
+    if (posix_memalign((void **)&head, 4096, 4096))
+        return err_set(err, -ENOMEM, "%s: out of memory", image->path);
+    n = pread(image->fd, head, 4096, 0);
+    format = n > 0 ? image_looks_like(head, (unsigned)n) : NULL;
+    if (n < 0)
+        ret = err_set(err, -errno, "%s: reading its first block: %s; check the disk below",
+                      image->path, strerror(errno));
+    else if (format)
+        ret = err_set(err, -EINVAL,
+                      "%s: looks like a %s image; use --format raw to serve these bytes as they are, "
+                      "or convert it first (qemu-img convert -O raw)",
+                      image->path, format);
+    free(head);
+    return ret;
+}
+
+static int image_open_fd(struct image *image, const struct image_options *options, struct err *err)
+{
+    // O_NONBLOCK: opening a FIFO would wait for its other end; it means nothing for what we serve.
+    int flags = (options->is_read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
+    struct stat st;
+    const char *remedy;
+
+    if (stat(image->path, &st) < 0)
+        return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
+                       image->path, strerror(errno));
+    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        return err_set(err, -EINVAL,
+                       "%s: is %s; only regular files and block devices can be served", image->path,
+                       S_ISDIR(st.st_mode) ? "a directory" : "no file of bytes");
+    image->is_block_device = S_ISBLK(st.st_mode);
+    if (image->is_block_device && !options->is_read_only)
+        flags |= O_EXCL; // refused while it is mounted or otherwise claimed
+    if (options->want_direct) {
+        image->fd = open(image->path, flags | O_DIRECT);
+        image->is_direct = image->fd >= 0;
+    }
+    if (image->fd < 0 && (!options->want_direct || errno == EINVAL))
+        image->fd = open(image->path, flags);
+    if (image->fd >= 0)
+        return 0;
+    switch (errno) {
+    case EACCES:
+    case EPERM:
+    case EROFS:
+        remedy = options->is_read_only ? "; run as a user who may read it" : "; or use --read-only";
+        break;
+    case EBUSY:
+        remedy = "; it is mounted or in use: unmount it, or use --read-only";
+        break;
+    default:
+        remedy = "";
+    }
+    return err_set(err, -errno, "%s: %s%s", image->path, strerror(errno), remedy);
+}
+
+static int image_measure(struct image *image, const struct image_options *options, struct err *err)
+{
+    off_t end = lseek(image->fd, 0, SEEK_END);
+
+    if (end < 0)
+        return err_set(err, -errno, "%s: finding its size: %s", image->path, strerror(errno));
+    image->file_bytes = (uint64_t)end;
+    if (options->offset_bytes > image->file_bytes)
+        return err_set(err, -EINVAL,
+                       "%s: --offset %llu lies behind its end (%llu bytes); use a smaller one",
+                       image->path, (unsigned long long)options->offset_bytes,
+                       (unsigned long long)image->file_bytes);
+    image->offset_bytes = options->offset_bytes;
+    image->size_bytes = image->file_bytes - options->offset_bytes;
+    if (options->size_limit_bytes)
+        image->size_bytes = min_of(image->size_bytes, options->size_limit_bytes);
+    return 0;
+}
+
+// Direct I/O: what offsets, lengths and memory have to be multiples of. STATX_DIOALIGN knows since
+// 6.1; a block device can be asked before that; else the largest sector there is.
+static void image_align(struct image *image)
+{
+    struct statx stx;
+    int sector_bytes = 0;
+
+    image->dio_offset_align = image->dio_mem_align = 1;
+    if (!image->is_direct)
+        return;
+    image->dio_offset_align = image->dio_mem_align = 4096;
+    if (!statx(image->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) &&
+        (stx.stx_mask & STATX_DIOALIGN) && is_power_of_2(stx.stx_dio_offset_align) &&
+        is_power_of_2(stx.stx_dio_mem_align)) {
+        image->dio_offset_align = stx.stx_dio_offset_align;
+        image->dio_mem_align = stx.stx_dio_mem_align;
+    } else if (image->is_block_device && !ioctl(image->fd, BLKSSZGET, &sector_bytes) &&
+               is_power_of_2((uint64_t)sector_bytes)) {
+        image->dio_offset_align = image->dio_mem_align = (uint32_t)sector_bytes;
+    }
+}
+
+int image_open(struct image *image, const char *path, const struct image_options *options,
+               struct err *err)
+{
+    int ret;
+
+    *image = (struct image){.fd = -1, .buffered_fd = -1, .is_read_only = options->is_read_only};
+    image->path = strdup(path);
+    if (!image->path)
+        return err_set(err, -ENOMEM, "%s: out of memory", path);
+    ret = image_open_fd(image, options, err);
+    if (ret < 0)
+        goto out;
+    ret = image_lock(image->fd, options->is_read_only);
+    if (ret == -EAGAIN || ret == -EACCES) {
+        err_set(err, ret, "%s: another process (bight or QEMU) has it open for writing%s", path,
+                options->is_read_only ? "; detach it there first"
+                                      : ", or for reading; detach it there first");
+        goto out;
+    }
+    if (ret < 0)
+        log_line("%s: cannot be locked (%s); take care that nobody else writes to it", path,
+                 strerror(-ret));
+    ret = image_measure(image, options, err);
+    if (ret < 0)
+        goto out;
+    ret = image_check_format(image, options, err);
+    if (ret < 0)
+        goto out;
+    image_align(image);
+    if (image->is_direct && !options->is_read_only && image->file_bytes % image->dio_offset_align) {
+        image->buffered_fd = open(path, O_RDWR | O_CLOEXEC);
+        if (image->buffered_fd < 0) {
+            ret = err_set(err, -errno, "%s: %s", path, strerror(errno));
+            goto out;
+        }
+    }
+    return 0;
+
+out:
+    image_close(image);
+    return ret;
+}
+
+void image_close(struct image *image)
+{
+    if (image->buffered_fd >= 0)
+        close(image->buffered_fd);
+    if (image->fd >= 0)
+        close(image->fd);
+    free(image->path);
+    *image = (struct image){.fd = -1, .buffered_fd = -1};
+}

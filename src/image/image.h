@@ -1,0 +1,44 @@
+// The backing image: a regular file or a block device, opened, locked and measured.
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "util/log.h"
+
+struct image_options {
+    bool is_read_only;
+    bool want_direct;   // O_DIRECT, where the file system can
+    bool is_format_raw; // said by the user: what the first bytes look like does not matter
+    uint64_t offset_bytes;
+    uint64_t size_limit_bytes; // 0: none
+    uint32_t block_bytes;      // the size is rounded down to a multiple; 1: any
+};
+
+struct image {
+    char *path;
+    int fd;          // the one struct file that I/O goes through
+    int buffered_fd; // direct only: for the last, partial block of a file; -1 otherwise
+    bool is_read_only;
+    bool is_direct;
+    bool is_sync; // opened with O_SYNC or O_DSYNC: no volatile cache
+    bool is_block_device;
+    uint64_t offset_bytes; // where the device begins in the image
+    uint64_t size_bytes;   // of the device: what lies between the offset and the limit or the end
+    uint64_t file_bytes;   // of the whole image
+    uint32_t dio_offset_align; // direct: offsets and lengths; a power of two; 1 when buffered
+    uint32_t dio_mem_align;    // direct: memory; 1 when buffered
+};
+
+// 0, or a negative errno with err set. Takes the image's locks.
+int image_open(struct image *image, const char *path, const struct image_options *options,
+               struct err *err);
+void image_close(struct image *image);
+
+// What the first len bytes look like: the name of a disk image format, or NULL.
+const char *image_looks_like(const void *head, unsigned len_bytes);
+
+// The byte-range locks that QEMU takes on images (block/file-posix.c: bytes 100+ are permissions in
+// use, bytes 200+ permissions not shared), by OFD locks: they go when fd is closed.
+// -EAGAIN: somebody else has it.
+int image_lock(int fd, bool is_read_only);

@@ -1,0 +1,119 @@
+// The io_uring ring, hot part: one io_uring_enter a turn submits all that was queued and reaps all
+// that has finished.
+
+#include "ring/uring.h"
+
+#include <errno.h>
+#include <poll.h>
+
+#include "util/util.h"
+
+static struct io_uring_sqe *uring_get_sqe(struct uring *uring)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&uring->io);
+
+    // The submission queue is full: what it holds can go now, completions are not touched by this.
+    while (!sqe) {
+        io_uring_submit(&uring->io);
+        sqe = io_uring_get_sqe(&uring->io);
+    }
+    return sqe;
+}
+
+static void uring_prep_rw(struct io_uring_sqe *sqe, const struct ring_op *op)
+{
+    const struct iovec *iov = op->rw.iov;
+    bool is_read = op->code == RING_READ;
+    __u64 offset = op->rw.offset_bytes;
+
+    if (op->rw.nr_iov != 1) {
+        if (is_read)
+            io_uring_prep_readv2(sqe, op->fd, iov, op->rw.nr_iov, offset, op->rw_flags);
+        else
+            io_uring_prep_writev2(sqe, op->fd, iov, op->rw.nr_iov, offset, op->rw_flags);
+        return;
+    }
+    if (op->buf_index >= 0) {
+        if (is_read)
+            io_uring_prep_read_fixed(sqe, op->fd, iov->iov_base, (unsigned)iov->iov_len, offset,
+                                     op->buf_index);
+        else
+            io_uring_prep_write_fixed(sqe, op->fd, iov->iov_base, (unsigned)iov->iov_len, offset,
+                                      op->buf_index);
+    } else {
+        if (is_read)
+            io_uring_prep_read(sqe, op->fd, iov->iov_base, (unsigned)iov->iov_len, offset);
+        else
+            io_uring_prep_write(sqe, op->fd, iov->iov_base, (unsigned)iov->iov_len, offset);
+    }
+    sqe->rw_flags = op->rw_flags;
+}
+
+void uring_queue(struct ring *ring, struct ring_op *op)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct io_uring_sqe *sqe = uring_get_sqe(uring);
+
+    switch (op->code) {
+    case RING_READ:
+    case RING_WRITE:
+        uring_prep_rw(sqe, op);
+        break;
+    case RING_FSYNC:
+        io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);
+        break;
+    case RING_RECV:
+        io_uring_prep_recv(sqe, op->fd, op->recv.buf, op->recv.len_bytes, 0);
+        break;
+    case RING_SENDMSG:
+        // MSG_WAITALL: the kernel goes on after a short send (since 5.19; others see a short res).
+        io_uring_prep_sendmsg(sqe, op->fd, op->msg, MSG_NOSIGNAL | MSG_WAITALL);
+        break;
+    case RING_POLL:
+        io_uring_prep_poll_add(sqe, op->fd, op->events);
+        break;
+    case RING_TIMEOUT:
+    case RING_CALL:
+        __builtin_unreachable(); // ring_queue() does these
+    }
+    if (op->fd < URING_MAX_FDS && uring->is_fd_fixed[op->fd])
+        sqe->flags |= IOSQE_FIXED_FILE;
+    io_uring_sqe_set_data(sqe, op);
+}
+
+void uring_arm_wake(struct uring *uring)
+{
+    uring_queue(&uring->ring, &uring->wake_op);
+}
+
+int uring_wait(struct ring *ring, uint64_t timeout_ns)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct io_uring_cqe *cqe;
+    unsigned head, nr_seen = 0;
+    int ret;
+
+    if (timeout_ns == UINT64_MAX) {
+        ret = io_uring_submit_and_wait(&uring->io, 1);
+    } else if (timeout_ns) {
+        struct __kernel_timespec ts = {.tv_sec = (int64_t)(timeout_ns / NSEC_PER_SEC),
+                                       .tv_nsec = (long long)(timeout_ns % NSEC_PER_SEC)};
+
+        ret = io_uring_submit_and_wait_timeout(&uring->io, &cqe, 1, &ts, NULL);
+    } else {
+        ret = io_uring_submit_and_get_events(&uring->io);
+    }
+    // EINTR and ETIME are turns without news; EBUSY and EAGAIN ask to reap before more is submitted.
+    if (ret < 0 && ret != -EINTR && ret != -ETIME && ret != -EBUSY && ret != -EAGAIN)
+        return ret;
+    ring->now_ns = util_now_ns();
+    io_uring_for_each_cqe(&uring->io, head, cqe)
+    {
+        struct ring_op *op = io_uring_cqe_get_data(cqe);
+
+        nr_seen++;
+        op->done(op, cqe->res);
+    }
+    io_uring_cq_advance(&uring->io, nr_seen);
+    return 0;
+}

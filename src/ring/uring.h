@@ -1,0 +1,27 @@
+// Inside of the io_uring ring: uring.c is hot, uring_setup.c is cold.
+#pragma once
+
+#include <liburing.h>
+
+#include "ring/ring.h"
+
+#define URING_SQ_ENTRIES 512
+#define URING_CQ_ENTRIES 4096
+#define URING_MAX_FDS 1024 // higher file descriptors are used unregistered
+#define URING_MAX_BUFS 16
+
+struct uring {
+    struct ring ring;
+    struct io_uring io;
+    struct ring_op wake_op; // reads wake_fd
+    struct iovec wake_iov;
+    uint64_t wake_count;
+    bool has_files, has_buffers;
+    bool is_fd_fixed[URING_MAX_FDS];   // fd is registered, in the slot of the same number
+    bool is_buf_used[URING_MAX_BUFS];
+    char mode[128];
+};
+
+void uring_queue(struct ring *ring, struct ring_op *op);
+int uring_wait(struct ring *ring, uint64_t timeout_ns);
+void uring_arm_wake(struct uring *uring);

@@ -1,0 +1,162 @@
+// The io_uring ring, cold part: what the kernel can do is asked step by step.
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ring/uring.h"
+#include "util/util.h"
+
+static void uring_woken(struct ring_op *op, int res)
+{
+    struct uring *uring = container_of(op, struct uring, wake_op);
+
+    (void)res; // whatever it was: look, and wait again
+    uring_arm_wake(uring);
+    ring_drain_inbox(&uring->ring);
+}
+
+// Best first: completions run only when the owner asks for them, and nobody else submits (6.1);
+// at least no interrupts of the owner by completions (5.19); any kernel that has io_uring.
+static int uring_init_queue(struct uring *uring, const char **mode)
+{
+    static const struct {
+        unsigned flags;
+        const char *mode;
+    } tries[] = {
+        {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN, "single issuer, deferred task run"},
+        {IORING_SETUP_COOP_TASKRUN, "cooperative task run"},
+        {0, "plain"},
+    };
+    int ret = -EINVAL;
+
+    for (unsigned i = 0; i < ARRAY_SIZE(tries) && ret == -EINVAL; i++) {
+        struct io_uring_params params = {
+            .flags = tries[i].flags | IORING_SETUP_CLAMP | IORING_SETUP_CQSIZE,
+            .cq_entries = URING_CQ_ENTRIES,
+        };
+
+        ret = io_uring_queue_init_params(URING_SQ_ENTRIES, &uring->io, &params);
+        *mode = tries[i].mode;
+    }
+    return ret;
+}
+
+static void uring_add_fd(struct ring *ring, int fd)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+
+    if (uring->has_files && fd < URING_MAX_FDS &&
+        io_uring_register_files_update(&uring->io, (unsigned)fd, &fd, 1) == 1)
+        uring->is_fd_fixed[fd] = true;
+}
+
+static void uring_remove_fd(struct ring *ring, int fd)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    int none = -1;
+
+    if (fd >= URING_MAX_FDS || !uring->is_fd_fixed[fd])
+        return;
+    io_uring_register_files_update(&uring->io, (unsigned)fd, &none, 1);
+    uring->is_fd_fixed[fd] = false;
+}
+
+static int uring_add_buf(struct ring *ring, void *buf, size_t len_bytes)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct iovec iov = {.iov_base = buf, .iov_len = len_bytes};
+    __u64 tag = 0;
+
+    if (!uring->has_buffers)
+        return -1;
+    for (int i = 0; i < URING_MAX_BUFS; i++) {
+        if (uring->is_buf_used[i])
+            continue;
+        // Fails where RLIMIT_MEMLOCK is small: unregistered memory does as well, a bit slower.
+        if (io_uring_register_buffers_update_tag(&uring->io, (unsigned)i, &iov, &tag, 1) != 1)
+            return -1;
+        uring->is_buf_used[i] = true;
+        return i;
+    }
+    return -1;
+}
+
+static void uring_remove_buf(struct ring *ring, int buf_index)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct iovec none = {0};
+    __u64 tag = 0;
+
+    io_uring_register_buffers_update_tag(&uring->io, (unsigned)buf_index, &none, &tag, 1);
+    uring->is_buf_used[buf_index] = false;
+}
+
+static int uring_create(struct ring **ring, struct err *err)
+{
+    struct uring *uring = calloc(1, sizeof(*uring));
+    const char *mode;
+    int ret;
+
+    if (!uring)
+        return err_set(err, -ENOMEM, "ring: uring: out of memory");
+    ret = ring_init(&uring->ring, &ring_uring_ops);
+    if (ret < 0) {
+        err_set(err, ret, "ring: uring: eventfd: %s", strerror(-ret));
+        goto out_free;
+    }
+    ret = uring_init_queue(uring, &mode);
+    if (ret < 0) {
+        err_set(err, ret,
+                "ring: uring: io_uring_setup: %s; allow io_uring here, or use --ring threads",
+                strerror(-ret));
+        goto out_ring;
+    }
+    uring->has_files = !io_uring_register_files_sparse(&uring->io, URING_MAX_FDS);
+    uring->has_buffers = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS);
+    io_uring_register_ring_fd(&uring->io); // saves a look-up per enter; an error costs nothing
+    snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode,
+             uring->has_files ? ", registered files" : "",
+             uring->has_buffers ? ", registered buffers" : "");
+    uring->ring.mode = uring->mode;
+    uring->wake_iov = (struct iovec){&uring->wake_count, sizeof(uring->wake_count)};
+    uring->wake_op = (struct ring_op){
+        .done = uring_woken,
+        .code = RING_READ,
+        .fd = uring->ring.wake_fd,
+        .buf_index = -1,
+        .rw = {.iov = &uring->wake_iov, .nr_iov = 1},
+    };
+    uring_arm_wake(uring);
+    *ring = &uring->ring;
+    return 0;
+
+out_ring:
+    ring_exit(&uring->ring);
+out_free:
+    free(uring);
+    return ret;
+}
+
+static void uring_destroy(struct ring *ring)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+
+    io_uring_queue_exit(&uring->io);
+    ring_exit(ring);
+    free(uring);
+}
+
+const struct ring_ops ring_uring_ops = {
+    .name = "uring",
+    .create = uring_create,
+    .destroy = uring_destroy,
+    .queue = uring_queue,
+    .wait = uring_wait,
+    .add_fd = uring_add_fd,
+    .remove_fd = uring_remove_fd,
+    .add_buf = uring_add_buf,
+    .remove_buf = uring_remove_buf,
+};

@@ -1,0 +1,41 @@
+// Small things that everybody needs: no state, no allocation.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+#define container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
+#define min_of(a, b) ((a) < (b) ? (a) : (b))
+#define max_of(a, b) ((a) > (b) ? (a) : (b))
+
+#define KiB 1024ULL
+#define MiB (1024 * KiB)
+#define SECTOR_BYTES 512ULL
+#define NSEC_PER_SEC 1000000000ULL
+
+// align: a power of two.
+static inline uint64_t round_down(uint64_t n, uint64_t align)
+{
+    return n & ~(align - 1);
+}
+
+static inline uint64_t round_up(uint64_t n, uint64_t align)
+{
+    return round_down(n + align - 1, align);
+}
+
+static inline int is_power_of_2(uint64_t n)
+{
+    return n && !(n & (n - 1));
+}
+
+// Monotonic time in nanoseconds.
+uint64_t util_now_ns(void);
+
+// A size such as "512", "64K", "1.5G" is not taken: digits, then at most one of K, M, G, T (1024-based).
+// 0 or -EINVAL, -ERANGE.
+int util_parse_size(const char *text, uint64_t *bytes);
+
+// A decimal number in [min, max]. 0, -EINVAL or -ERANGE.
+int util_parse_uint(const char *text, unsigned long min, unsigned long max, unsigned long *value);
