@@ -1,0 +1,164 @@
+#include "transport/nbd/listen.h"
+
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "util/util.h"
+
+#define BACKLOG 1024
+
+// A path without a listener behind it, or a negative errno.
+static int listen_clear_path(const struct sockaddr_un *sun, struct err *err)
+{
+    struct stat st;
+    int fd, ret = 0;
+
+    if (lstat(sun->sun_path, &st) < 0)
+        return 0; // bind() will tell what is wrong, if anything
+    if (!S_ISSOCK(st.st_mode))
+        return err_set(err, -EEXIST, "--nbd: unix:%s: exists and is no socket; use another path",
+                       sun->sun_path);
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return err_set(err, -errno, "--nbd: unix:%s: socket: %s", sun->sun_path, strerror(errno));
+    // EAGAIN: somebody listens and is busy. ECONNREFUSED: nobody does, the file is a left-over.
+    if (!connect(fd, (const struct sockaddr *)sun, sizeof(*sun)) || errno != ECONNREFUSED)
+        ret = err_set(err, -EADDRINUSE,
+                      "--nbd: unix:%s: somebody listens there; stop it, or use another path",
+                      sun->sun_path);
+    else if (unlink(sun->sun_path) < 0)
+        ret = err_set(err, -errno, "--nbd: unix:%s: removing the stale socket: %s", sun->sun_path,
+                      strerror(errno));
+    close(fd);
+    return ret;
+}
+
+static int listen_unix(const char *path, struct err *err)
+{
+    struct sockaddr_un sun = {.sun_family = AF_UNIX};
+    int fd, ret;
+
+    if (!*path || strlen(path) >= sizeof(sun.sun_path))
+        return err_set(err, -ENAMETOOLONG, "--nbd: unix:%s: a path of 1 to %zu bytes is needed",
+                       path, sizeof(sun.sun_path) - 1);
+    strcpy(sun.sun_path, path);
+    ret = listen_clear_path(&sun, err);
+    if (ret < 0)
+        return ret;
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return err_set(err, -errno, "--nbd: unix:%s: socket: %s", path, strerror(errno));
+    if (bind(fd, (struct sockaddr *)&sun, sizeof(sun)) < 0 || listen(fd, BACKLOG) < 0) {
+        ret = err_set(err, -errno, "--nbd: unix:%s: %s; use a directory that you may write to", path,
+                      strerror(errno));
+        close(fd);
+        return ret;
+    }
+    return fd;
+}
+
+static int listen_addrinfo(const struct addrinfo *ai)
+{
+    int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), one = 1, ret;
+
+    if (fd < 0)
+        return -errno;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+    if (bind(fd, ai->ai_addr, ai->ai_addrlen) < 0 || listen(fd, BACKLOG) < 0) {
+        ret = -errno;
+        close(fd);
+        return ret;
+    }
+    return fd;
+}
+
+// "HOST:PORT", "[V6]:PORT", ":PORT": split at the last colon.
+static int listen_tcp(const char *addr, struct err *err)
+{
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found, *ai;
+    const char *colon = strrchr(addr, ':'), *host = addr;
+    size_t host_len = colon ? (size_t)(colon - addr) : 0;
+    char name[256];
+    int ret;
+
+    if (!colon || !colon[1] || host_len >= sizeof(name))
+        return err_set(err, -EINVAL,
+                       "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
+    if (host_len >= 2 && host[0] == '[' && host[host_len - 1] == ']') {
+        host++;
+        host_len -= 2;
+    }
+    memcpy(name, host, host_len);
+    name[host_len] = '\0';
+    ret = getaddrinfo(host_len ? name : NULL, colon + 1, &hints, &found);
+    if (ret)
+        return err_set(err, -EINVAL, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr,
+                       gai_strerror(ret));
+    // Without a host, "::" takes IPv4 as well: the families are tried in that order.
+    ret = -EADDRNOTAVAIL;
+    for (ai = found; ai && ret < 0; ai = ai->ai_next) {
+        if (host_len || ai->ai_family == AF_INET6)
+            ret = listen_addrinfo(ai);
+    }
+    for (ai = found; ai && ret < 0 && !host_len; ai = ai->ai_next)
+        ret = listen_addrinfo(ai);
+    freeaddrinfo(found);
+    if (ret < 0)
+        return err_set(err, ret, "--nbd: %s: %s; use another address or port", addr, strerror(-ret));
+    return ret;
+}
+
+int nbd_listen(const char *addr, struct err *err)
+{
+    if (!strncmp(addr, "unix:", 5))
+        return listen_unix(addr + 5, err);
+    return listen_tcp(addr, err);
+}
+
+void nbd_unlisten(int fd)
+{
+    struct sockaddr_un sun, other;
+    socklen_t len = sizeof(sun);
+    int probe;
+
+    memset(&sun, 0, sizeof(sun));
+    if (getsockname(fd, (struct sockaddr *)&sun, &len) < 0 || sun.sun_family != AF_UNIX ||
+        !sun.sun_path[0])
+        return;
+    // Ours still? Once we stop listening, whoever took the path over answers, and nobody else does.
+    shutdown(fd, SHUT_RDWR);
+    other = sun;
+    probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (probe < 0)
+        return;
+    if (connect(probe, (struct sockaddr *)&other, sizeof(other)) < 0 && errno == ECONNREFUSED)
+        unlink(sun.sun_path);
+    close(probe);
+}
+
+void nbd_listen_uri(int fd, char *uri, unsigned uri_bytes)
+{
+    struct sockaddr_storage ss;
+    socklen_t len = sizeof(ss);
+    char host[NI_MAXHOST], port[NI_MAXSERV];
+
+    memset(&ss, 0, sizeof(ss));
+    if (getsockname(fd, (struct sockaddr *)&ss, &len) < 0)
+        snprintf(uri, uri_bytes, "fd %d", fd);
+    else if (ss.ss_family == AF_UNIX)
+        snprintf(uri, uri_bytes, "nbd+unix:///?socket=%s", ((struct sockaddr_un *)&ss)->sun_path);
+    else if (getnameinfo((struct sockaddr *)&ss, len, host, sizeof(host), port, sizeof(port),
+                         NI_NUMERICHOST | NI_NUMERICSERV))
+        snprintf(uri, uri_bytes, "fd %d", fd);
+    else
+        snprintf(uri, uri_bytes, ss.ss_family == AF_INET6 ? "nbd://[%s]:%s" : "nbd://%s:%s", host,
+                 port);
+}

@@ -1,0 +1,443 @@
+// Listening, the handshake, and the list of clients: the cold side of NBD, on the main thread.
+//
+//  S1. A client is in the list from accept() until nothing is left of it; nr_clients counts the list.
+//  S2. During the handshake the file descriptor is the client's, then the connection's (conn.h N1).
+//  S3. In the handshake either a RECV or a SENDMSG is in flight, and the timer. A client ends when
+//      neither is.
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "core/device.h"
+#include "core/queue.h"
+#include "transport/nbd/conn.h"
+#include "transport/nbd/listen.h"
+#include "transport/transport.h"
+#include "util/util.h"
+
+// Who has not chosen an export by then is not going to.
+#define HANDSHAKE_TIMEOUT_NS (60 * NSEC_PER_SEC)
+// After SIGTERM, for clients that do not take their replies.
+#define STOP_TIMEOUT_NS (5 * NSEC_PER_SEC)
+// After accept() failed for want of file descriptors or memory.
+#define ACCEPT_PAUSE_NS (NSEC_PER_SEC / 10)
+
+struct nbd_server;
+
+struct nbd_client {
+    struct nbd_server *server;
+    struct nbd_client *next, **at; // the pointer that points here
+    int fd;                        // -1 once it is the connection's
+    struct nbd_handshake handshake;
+    uint8_t *in; // NBD_HANDSHAKE_IN_BYTES
+    size_t in_len;
+    struct msghdr msg;
+    struct iovec iov;
+    struct ring_op io_op; // RECV or SENDMSG
+    struct ring_op timer_op;
+    bool is_timer_set;
+    struct nbd_conn *conn; // in the transmission phase
+};
+
+struct nbd_listener {
+    struct nbd_server *server;
+    int fd;
+    bool is_ours; // to be unlinked
+    struct ring_op poll_op;
+    struct ring_op pause_op;
+    bool is_pausing;
+};
+
+struct nbd_server {
+    struct transport transport;
+    struct transport_options options;
+    struct nbd_listener *listeners;
+    unsigned nr_listeners;
+    struct nbd_client *clients;
+    unsigned nr_clients;
+    bool is_stopping;
+    void (*stopped)(struct transport *transport, void *arg);
+    void *stopped_arg;
+    struct ring_op stop_timer_op;
+    bool is_stop_timer_set;
+};
+
+static void client_go_on(struct nbd_client *client);
+
+static void server_check_stopped(struct nbd_server *server)
+{
+    if (!server->is_stopping || server->nr_clients)
+        return;
+    if (server->is_stop_timer_set)
+        ring_cancel_timeout(server->options.ring, &server->stop_timer_op);
+    server->is_stop_timer_set = false;
+    server->stopped(&server->transport, server->stopped_arg);
+}
+
+// ---- Clients
+
+static void client_cancel_timer(struct nbd_client *client)
+{
+    if (client->is_timer_set)
+        ring_cancel_timeout(client->server->options.ring, &client->timer_op);
+    client->is_timer_set = false;
+}
+
+static void client_free(struct nbd_client *client)
+{
+    struct nbd_server *server = client->server;
+
+    client_cancel_timer(client);
+    if (client->fd >= 0) {
+        ring_remove_fd(server->options.ring, client->fd);
+        close(client->fd);
+    }
+    nbd_handshake_end(&client->handshake);
+    free(client->in);
+    *client->at = client->next;
+    if (client->next)
+        client->next->at = client->at;
+    free(client);
+    server->nr_clients--;
+    server_check_stopped(server); // server may be gone
+}
+
+static void client_conn_closed(struct ring_op *op, int res)
+{
+    struct nbd_conn *conn = container_of(op, struct nbd_conn, closed_op);
+    struct nbd_client *client = conn->client;
+
+    (void)res;
+    nbd_conn_free(conn);
+    client_free(client);
+}
+
+// The handshake is over: the connection goes to a queue.
+static void client_hand_over(struct nbd_client *client)
+{
+    struct nbd_conn *conn = nbd_conn_create(client->fd, &client->handshake, client->in, client->in_len);
+
+    if (!conn) {
+        log_line("nbd: no memory for a connection; use fewer, or a smaller --depth");
+        client_free(client);
+        return;
+    }
+    client_cancel_timer(client);
+    ring_remove_fd(client->server->options.ring, client->fd);
+    client->fd = -1; // S2
+    nbd_handshake_end(&client->handshake);
+    free(client->in);
+    client->in = NULL;
+    client->conn = conn;
+    conn->client = client;
+    conn->main_ring = client->server->options.ring;
+    conn->closed_op.done = client_conn_closed;
+    ring_post(conn->queue->ring, &conn->adopt_op, 0);
+    if (client->server->is_stopping)
+        nbd_conn_send(conn, &conn->stop_op);
+}
+
+static void client_sent(struct ring_op *op, int res)
+{
+    struct nbd_client *client = container_of(op, struct nbd_client, io_op);
+
+    if (res <= 0 && res != -EINTR && res != -EAGAIN) {
+        client_free(client);
+        return;
+    }
+    if (res > 0) {
+        client->iov.iov_base = (char *)client->iov.iov_base + res;
+        client->iov.iov_len -= (size_t)res;
+    }
+    if (client->iov.iov_len)
+        ring_queue(client->server->options.ring, op);
+    else if (client->handshake.state == NBD_HANDSHAKE_CLOSE)
+        client_free(client);
+    else if (client->handshake.state == NBD_HANDSHAKE_DONE)
+        client_hand_over(client);
+    else
+        client_go_on(client); // clients send options without waiting
+}
+
+static void client_send(struct nbd_client *client)
+{
+    struct nbd_handshake *handshake = &client->handshake;
+
+    client->iov = (struct iovec){.iov_base = handshake->out, .iov_len = handshake->out_len};
+    client->msg = (struct msghdr){.msg_iov = &client->iov, .msg_iovlen = 1};
+    handshake->out_len = 0;
+    client->io_op = (struct ring_op){
+        .done = client_sent, .code = RING_SENDMSG, .fd = client->fd, .msg = &client->msg};
+    ring_queue(client->server->options.ring, &client->io_op);
+}
+
+static void client_received(struct ring_op *op, int res)
+{
+    struct nbd_client *client = container_of(op, struct nbd_client, io_op);
+
+    if (res == -EINTR || res == -EAGAIN) {
+        ring_queue(client->server->options.ring, op);
+    } else if (res <= 0) {
+        client_free(client);
+    } else {
+        client->in_len += (size_t)res;
+        client_go_on(client);
+    }
+}
+
+static void client_recv(struct nbd_client *client)
+{
+    client->io_op = (struct ring_op){
+        .done = client_received,
+        .code = RING_RECV,
+        .fd = client->fd,
+        .recv = {client->in + client->in_len, (uint32_t)(NBD_HANDSHAKE_IN_BYTES - client->in_len)},
+    };
+    ring_queue(client->server->options.ring, &client->io_op);
+}
+
+// One message at a time, and its answer before the next: what a client can make us keep is bounded.
+static void client_go_on(struct nbd_client *client)
+{
+    struct nbd_handshake *handshake = &client->handshake;
+    size_t used;
+
+    do {
+        used = nbd_handshake_input(handshake, client->in, client->in_len);
+        client->in_len -= used;
+        memmove(client->in, client->in + used, client->in_len);
+    } while (used && !handshake->out_len && handshake->state == NBD_HANDSHAKE_GOES_ON);
+    if (handshake->out_len)
+        client_send(client);
+    else if (handshake->state == NBD_HANDSHAKE_CLOSE)
+        client_free(client);
+    else
+        client_recv(client);
+}
+
+static void client_timed_out(struct ring_op *op, int res)
+{
+    struct nbd_client *client = container_of(op, struct nbd_client, timer_op);
+
+    (void)res;
+    client->is_timer_set = false;
+    shutdown(client->fd, SHUT_RDWR); // S3: what is in flight ends, and the client with it
+}
+
+static int client_create(struct nbd_server *server, int fd)
+{
+    struct nbd_client *client = calloc(1, sizeof(*client));
+
+    if (!client)
+        return -ENOMEM;
+    client->in = malloc(NBD_HANDSHAKE_IN_BYTES);
+    if (!client->in || nbd_handshake_begin(&client->handshake, server->options.devs,
+                                           server->options.nr_devs) < 0) {
+        free(client->in);
+        free(client);
+        return -ENOMEM;
+    }
+    client->server = server;
+    client->fd = fd;
+    client->next = server->clients;
+    client->at = &server->clients;
+    if (client->next)
+        client->next->at = &client->next;
+    server->clients = client;
+    server->nr_clients++;
+    client->timer_op = (struct ring_op){
+        .done = client_timed_out, .code = RING_TIMEOUT, .timeout_ns = HANDSHAKE_TIMEOUT_NS};
+    client->is_timer_set = true;
+    ring_queue(server->options.ring, &client->timer_op);
+    client_send(client);
+    return 0;
+}
+
+// ---- Listeners
+
+static void listener_poll(struct nbd_listener *listener);
+
+static void listener_pause_over(struct ring_op *op, int res)
+{
+    struct nbd_listener *listener = container_of(op, struct nbd_listener, pause_op);
+
+    (void)res;
+    listener->is_pausing = false;
+    listener_poll(listener);
+}
+
+static void listener_pause(struct nbd_listener *listener)
+{
+    listener->is_pausing = true;
+    listener->pause_op = (struct ring_op){
+        .done = listener_pause_over, .code = RING_TIMEOUT, .timeout_ns = ACCEPT_PAUSE_NS};
+    ring_queue(listener->server->options.ring, &listener->pause_op);
+}
+
+// false: no more now.
+static bool listener_accept(struct nbd_listener *listener)
+{
+    struct nbd_server *server = listener->server;
+    int one = 1, fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC);
+
+    if (fd < 0)
+        return errno == EINTR || errno == ECONNABORTED;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)); // fails on unix sockets: no harm
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+    if (server->nr_clients >= server->options.max_connections || client_create(server, fd) < 0)
+        close(fd);
+    return true;
+}
+
+static void listener_ready(struct ring_op *op, int res)
+{
+    struct nbd_listener *listener = container_of(op, struct nbd_listener, poll_op);
+
+    (void)res;
+    if (listener->server->is_stopping)
+        return;
+    while (listener_accept(listener))
+        ;
+    if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+        listener_pause(listener);
+    else
+        listener_poll(listener);
+}
+
+static void listener_poll(struct nbd_listener *listener)
+{
+    listener->poll_op = (struct ring_op){
+        .done = listener_ready, .code = RING_POLL, .fd = listener->fd, .events = POLLIN};
+    ring_queue(listener->server->options.ring, &listener->poll_op);
+}
+
+static void server_add_listener(struct nbd_server *server, int fd, bool is_ours)
+{
+    struct nbd_listener *listener = &server->listeners[server->nr_listeners++];
+    char uri[512];
+
+    *listener = (struct nbd_listener){.server = server, .fd = fd, .is_ours = is_ours};
+    nbd_listen_uri(fd, uri, sizeof(uri));
+    log_verbose("nbd: listening on %s", uri);
+    listener_poll(listener);
+}
+
+// ---- The server
+
+// A file descriptor a connection, and some for images and rings.
+static void raise_nofile(unsigned max_connections)
+{
+    struct rlimit limit;
+    rlim_t wanted = max_connections + 256;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur >= wanted)
+        return;
+    limit.rlim_cur = min_of(wanted, limit.rlim_max);
+    setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+static void nbd_destroy(struct transport *transport)
+{
+    struct nbd_server *server = container_of(transport, struct nbd_server, transport);
+
+    for (unsigned i = 0; i < server->nr_listeners; i++)
+        close(server->listeners[i].fd);
+    free(server->listeners);
+    free(server);
+}
+
+static int nbd_start(struct transport **transport, const struct transport_options *options,
+                     struct err *err)
+{
+    struct nbd_server *server = calloc(1, sizeof(*server));
+    unsigned nr_listeners = options->nr_addrs + options->nr_listen_fds, nr_open = 0;
+    int *fds = calloc(nr_listeners, sizeof(*fds)), ret = 0;
+
+    if (!server || !fds ||
+        !(server->listeners = calloc(nr_listeners, sizeof(*server->listeners)))) {
+        ret = err_set(err, -ENOMEM, "nbd: out of memory");
+        goto out;
+    }
+    server->transport.ops = &nbd_transport_ops;
+    server->options = *options;
+    raise_nofile(options->max_connections);
+    // All sockets first: a failed start takes back exactly what it did.
+    for (; nr_open < options->nr_addrs; nr_open++) {
+        fds[nr_open] = ret = nbd_listen(options->addrs[nr_open], err);
+        if (ret < 0)
+            goto out_close;
+    }
+    for (unsigned i = 0; i < nr_open; i++)
+        server_add_listener(server, fds[i], true);
+    for (unsigned i = 0; i < options->nr_listen_fds; i++)
+        server_add_listener(server, options->listen_fds[i], false);
+    *transport = &server->transport;
+    free(fds);
+    return 0;
+
+out_close:
+    while (nr_open--) {
+        nbd_unlisten(fds[nr_open]);
+        close(fds[nr_open]);
+    }
+out:
+    free(fds);
+    if (server)
+        free(server->listeners);
+    free(server);
+    return ret;
+}
+
+static void stop_timed_out(struct ring_op *op, int res)
+{
+    struct nbd_server *server = container_of(op, struct nbd_server, stop_timer_op);
+
+    (void)res;
+    server->is_stop_timer_set = false;
+    for (struct nbd_client *client = server->clients; client; client = client->next) {
+        if (client->conn)
+            nbd_conn_send(client->conn, &client->conn->abort_op);
+    }
+}
+
+static void nbd_stop(struct transport *transport,
+                     void (*stopped)(struct transport *transport, void *arg), void *arg)
+{
+    struct nbd_server *server = container_of(transport, struct nbd_server, transport);
+
+    server->is_stopping = true;
+    server->stopped = stopped;
+    server->stopped_arg = arg;
+    for (unsigned i = 0; i < server->nr_listeners; i++) {
+        struct nbd_listener *listener = &server->listeners[i];
+
+        if (listener->is_pausing)
+            ring_cancel_timeout(server->options.ring, &listener->pause_op);
+        if (listener->is_ours) // else it goes on to listen for the next server
+            nbd_unlisten(listener->fd);
+    }
+    for (struct nbd_client *client = server->clients; client; client = client->next) {
+        if (client->conn)
+            nbd_conn_send(client->conn, &client->conn->stop_op);
+        else
+            shutdown(client->fd, SHUT_RDWR); // S3
+    }
+    server->stop_timer_op = (struct ring_op){
+        .done = stop_timed_out, .code = RING_TIMEOUT, .timeout_ns = STOP_TIMEOUT_NS};
+    server->is_stop_timer_set = true;
+    ring_queue(server->options.ring, &server->stop_timer_op);
+    server_check_stopped(server);
+}
+
+const struct transport_ops nbd_transport_ops = {
+    .name = "nbd",
+    .start = nbd_start,
+    .stop = nbd_stop,
+    .destroy = nbd_destroy,
+};
