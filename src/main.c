@@ -1,0 +1,55 @@
+#include <stdio.h>
+#include <string.h>
+
+#include "cli/cli.h"
+#include "util/log.h"
+#include "util/util.h"
+
+static const struct cli_command *const commands[] = {
+    &cli_serve,
+};
+
+static int help(FILE *file)
+{
+    fprintf(file, "bight: serves a disk image as a block device\n\nusage: bight COMMAND [OPTIONS]\n\n");
+    for (unsigned i = 0; i < ARRAY_SIZE(commands); i++)
+        fprintf(file, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
+    fprintf(file, "  %-10s %s\n", "help", "this text, or that of a command: bight help COMMAND");
+    fprintf(file, "\n  -h, --help\n  --version\n\n\"bight COMMAND --help\" and bight(1) tell more.\n");
+    return CLI_OK;
+}
+
+static const struct cli_command *find(const char *name)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(commands); i++) {
+        if (!strcmp(name, commands[i]->name))
+            return commands[i];
+    }
+    log_line("%s: no such command; see bight --help", name);
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    const struct cli_command *command;
+
+    if (argc < 2) {
+        help(stderr);
+        return CLI_USAGE;
+    }
+    if (!strcmp(argv[1], "--version")) {
+        printf("bight %s\n", BIGHT_VERSION);
+        return CLI_OK;
+    }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ||
+        (!strcmp(argv[1], "help") && argc == 2))
+        return help(stdout);
+    if (!strcmp(argv[1], "help")) {
+        command = find(argv[2]);
+        if (command)
+            fputs(command->help, stdout);
+        return command ? CLI_OK : CLI_USAGE;
+    }
+    command = find(argv[1]);
+    return command ? command->run(argc - 1, argv + 1) : CLI_USAGE;
+}
