@@ -22,6 +22,8 @@ enum {
 };
 #define LOCK_PERM_BASE 100
 #define LOCK_SHARED_BASE 200
+#define LOCK_TRIES 10
+#define LOCK_PAUSE_US 30000
 
 static int lock_byte(int fd, int command, short type, off_t at)
 {
@@ -33,7 +35,7 @@ static int lock_byte(int fd, int command, short type, off_t at)
     return command == F_OFD_GETLK && lock.l_type != F_UNLCK ? -EAGAIN : 0;
 }
 
-int image_lock(int fd, bool is_read_only)
+static int lock_all(int fd, bool is_read_only)
 {
     unsigned used = is_read_only ? PERM_CONSISTENT_READ : PERM_CONSISTENT_READ | PERM_WRITE;
     unsigned unshared = PERM_WRITE | PERM_RESIZE;
@@ -57,6 +59,29 @@ int image_lock(int fd, bool is_read_only)
             return ret;
     }
     return 0;
+}
+
+static void image_unlock(int fd)
+{
+    // Explicitly: a ring that had fd registered may keep its file open a little longer than we live.
+    struct flock lock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+
+    fcntl(fd, F_OFD_SETLK, &lock);
+}
+
+int image_lock(int fd, bool is_read_only)
+{
+    int ret;
+
+    // A holder that was killed keeps its locks until the kernel has taken its ring apart.
+    for (unsigned i = 0; i < LOCK_TRIES; i++) {
+        ret = lock_all(fd, is_read_only);
+        if (ret != -EAGAIN && ret != -EACCES)
+            return ret;
+        image_unlock(fd);
+        usleep(LOCK_PAUSE_US);
+    }
+    return -EAGAIN;
 }
 
 const char *image_looks_like(const void *head, unsigned len_bytes)
@@ -210,7 +235,7 @@ int image_open(struct image *image, const char *path, const struct image_options
     if (ret < 0)
         goto out;
     ret = image_lock(image->fd, options->is_read_only);
-    if (ret == -EAGAIN || ret == -EACCES) {
+    if (ret == -EAGAIN) {
         err_set(err, ret, "%s: another process (bight or QEMU) has it open for writing%s", path,
                 options->is_read_only ? "; detach it there first"
                                       : ", or for reading; detach it there first");
@@ -244,8 +269,10 @@ void image_close(struct image *image)
 {
     if (image->buffered_fd >= 0)
         close(image->buffered_fd);
-    if (image->fd >= 0)
+    if (image->fd >= 0) {
+        image_unlock(image->fd);
         close(image->fd);
+    }
     free(image->path);
     *image = (struct image){.fd = -1, .buffered_fd = -1};
 }

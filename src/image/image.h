@@ -40,5 +40,5 @@ const char *image_looks_like(const void *head, unsigned len_bytes);
 
 // The byte-range locks that QEMU takes on images (block/file-posix.c: bytes 100+ are permissions in
 // use, bytes 200+ permissions not shared), by OFD locks: they go when fd is closed.
-// -EAGAIN: somebody else has it.
+// -EAGAIN: somebody else has it, and still had it after a short wait.
 int image_lock(int fd, bool is_read_only);
