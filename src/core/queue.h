@@ -18,7 +18,7 @@
 struct device;
 
 struct queue {
-    struct device *dev;
+    _Alignas(64) struct device *dev; // queues are neighbours in an array, and share no cache line
     struct ring *ring;
     unsigned index;
     unsigned nr_inflight;

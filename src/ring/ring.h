@@ -98,8 +98,8 @@ struct ring {
     struct ring_hook *hooks;
     struct ring_hook **hooks_tail;
     const char *mode; // for people: which flags the kernel took
-    // Written by other threads: on a line of its own.
-    _Alignas(64) _Atomic(struct ring_op *) inbox; // last posted first
+    char pad[64]; // what other threads write does not share a line with the above
+    _Atomic(struct ring_op *) inbox; // last posted first
     atomic_bool is_woken;
 };
 

@@ -56,6 +56,13 @@ void nbd_conn_free(struct nbd_conn *conn)
 
 void nbd_conn_send(struct nbd_conn *conn, struct ring_op *op)
 {
-    atomic_fetch_add(&conn->nr_refs, 1);
-    ring_post(conn->queue->ring, op, 0);
+    int nr_refs = atomic_load(&conn->nr_refs);
+
+    // None left: closed_op is on its way, and there is nobody to send to.
+    while (nr_refs) {
+        if (atomic_compare_exchange_weak(&conn->nr_refs, &nr_refs, nr_refs + 1)) {
+            ring_post(conn->queue->ring, op, 0);
+            return;
+        }
+    }
 }
