@@ -128,7 +128,6 @@ class Client:
         self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else
                                   socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         self.timeout = timeout
-        self.sock.settimeout(timeout)
         self.buffer = bytearray()
         self.mode = "simple"
         self.size = self.flags = None
@@ -139,7 +138,13 @@ class Client:
         self.finished = {}
         self.last_cookie = 0
         try:
+            # blocking, with the kernel's timeout: a nonblocking connect does not wait for a place in the backlog
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 
+                                 struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
             self.sock.connect(address)
+        except BlockingIOError:
+            self.sock.close()
+            raise TimeoutError("the server accepts no connection") from None
         except BaseException:
             self.sock.close()
             raise

@@ -358,9 +358,10 @@ class Structured(Commands):
         for offset, length, flags in extents:
             if flags & raw.STATE_ZERO:
                 self.assertEqual(client.read(offset, length), bytes(length), (offset, length, flags))
-        holes = {offset: length for offset, length, flags in extents if flags & raw.STATE_HOLE}
+        # what is allocated but unwritten may be called a hole too: SEEK_HOLE does
+        holes = {offset: length for offset, length, flags in extents if flags == raw.STATE_HOLE | raw.STATE_ZERO}
         for at in range(M, 2 * M, 128 * K):
-            self.assertEqual(holes.get(at), 64 * K)
+            self.assertIn(holes.get(at), (64 * K, 96 * K))
 
     def test_a_hole_is_told_as_hole_and_zero(self):
         client = self.connect("big.img")
@@ -423,16 +424,15 @@ class Extended(Structured):
                 client.expect(raw.EINVAL, command, 0, length, raw.PAYLOAD_LEN, b"\xa5" * length)
         self.assert_image(client)
 
-    def test_extended_write_without_payload_flag_is_invalid(self):
-        with self.server.connect("extended", "small.img") as client:
-            client.pending[7] = raw.Request(raw.WRITE, 0, 512, 0)
-            client.send(raw.request_bytes(raw.WRITE, 0, 512, 0, 7, extended=True))
-            try:
-                self.assertEqual(client.wait(7).error, raw.EINVAL)
-                self.assert_image(client)
-            except raw.Closed:
-                with self.server.connect("extended", "small.img") as other:
-                    self.assert_image(other)
+    def test_extended_write_without_payload_flag(self):
+        """Against the rules. The server may take it for what it must mean, refuse it, or give up the connection."""
+        self.client.pending[7] = raw.Request(raw.WRITE, 0, 512, 0)
+        with contextlib.suppress(raw.Closed):
+            self.client.send(raw.request_bytes(raw.WRITE, 0, 512, 0, 7, bytes(512), extended=True))
+            if self.client.wait(7).error == 0:
+                self.shadow[:512] = bytes(512)
+            self.assertEqual(self.client.read(0, 512), self.shadow[:512])
+        self.assert_image(self.connect())
 
 
 class ReadOnly:
