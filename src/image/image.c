@@ -143,7 +143,8 @@ static int image_check_format(const struct image *image, const struct image_opti
 
 static int image_open_fd(struct image *image, const struct image_options *options, struct err *err)
 {
-    // O_NONBLOCK: opening a FIFO would wait for its other end; it means nothing for what we serve.
+    // O_NONBLOCK: opening a FIFO would wait for its other end. Taken off below: io_uring answers
+    // -EAGAIN instead of waiting where it is set.
     int flags = (options->is_read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
     struct stat st;
     const char *remedy;
@@ -164,8 +165,10 @@ static int image_open_fd(struct image *image, const struct image_options *option
     }
     if (image->fd < 0 && (!options->want_direct || errno == EINVAL))
         image->fd = open(image->path, flags);
-    if (image->fd >= 0)
+    if (image->fd >= 0) {
+        fcntl(image->fd, F_SETFL, fcntl(image->fd, F_GETFL) & ~O_NONBLOCK);
         return 0;
+    }
     switch (errno) {
     case EACCES:
     case EPERM:

@@ -13,7 +13,7 @@
 
 #include "util/util.h"
 
-#define BACKLOG 1024
+#define BACKLOG 4096 // or what net.core.somaxconn allows
 
 // A path without a listener behind it, or a negative errno.
 static int listen_clear_path(const struct sockaddr_un *sun, struct err *err)
