@@ -27,6 +27,7 @@
 #define STOP_TIMEOUT_NS (5 * NSEC_PER_SEC)
 // After accept() failed for want of file descriptors or memory.
 #define ACCEPT_PAUSE_NS (NSEC_PER_SEC / 10)
+#define ACCEPT_BATCH 32
 
 struct nbd_server;
 
@@ -298,13 +299,15 @@ static bool listener_accept(struct nbd_listener *listener)
 static void listener_ready(struct ring_op *op, int res)
 {
     struct nbd_listener *listener = container_of(op, struct nbd_listener, poll_op);
+    bool goes_on = true;
 
     (void)res;
     if (listener->server->is_stopping)
         return;
-    while (listener_accept(listener))
-        ;
-    if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+    // Not until nobody is left: in a storm, those who have gone again must be dealt with as well.
+    for (unsigned i = 0; i < ACCEPT_BATCH && goes_on; i++)
+        goes_on = listener_accept(listener);
+    if (!goes_on && (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS))
         listener_pause(listener);
     else
         listener_poll(listener);
