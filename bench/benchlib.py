@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -386,9 +387,12 @@ def file_contestant(name):
 
 # ---- one run, and all runs
 
-def cpu_busy_seconds():
+def cpu_clocks():
+    """Seconds: all CPUs busy, taken by the hypervisor, used by programs that this one waited for; and the time."""
     user, nice, system, idle, iowait, irq, softirq, steal = map(int, get("/proc/stat").split("\n")[0].split()[1:9])
-    return (user + nice + system + irq + softirq) / TICKS, steal / TICKS
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ((user + nice + system + irq + softirq) / TICKS, steal / TICKS, children.ru_utime + children.ru_stime,
+            time.monotonic())
 
 
 def fio(target, row, workdir, seconds, ramp, extra=()):
@@ -422,17 +426,17 @@ def run_once(contestant, row, image, workdir, seconds, ramp, extra=()):
         server = target.server
         if server:
             cpu, switches = server.cpu_seconds(), server.switches()
-        busy, steal = cpu_busy_seconds()
+        before = cpu_clocks()
         try:
             result = fio(target, row, workdir, seconds, ramp, extra)
         except BenchError as error:
             raise BenchError(f"{error}; the server: {server.said()}" if server else str(error))
-        busy_after, steal_after = cpu_busy_seconds()
-        result.update(machine_busy_seconds=busy_after - busy, machine_steal_seconds=steal_after - steal)
+        busy, steal, client, wall = (now - then for now, then in zip(cpu_clocks(), before))
+        used = server.cpu_seconds() - cpu if server else 0
+        result.update(rest_cpu_percent=max(0, busy - client - used) / wall * 100, steal_percent=steal / wall * 100)
         if server:
-            # CPU time is read before the server is told to end, so that its last flush does not count. Context
+            # CPU time was read before the server is told to end, so that its last flush does not count. Context
             # switches come with the exit status: the threads that a server keeps for each connection are gone by now.
-            used = server.cpu_seconds() - cpu
             peak = server.peak_mib()
             usage = server.stop()
             requests = result["requests_with_ramp"]
@@ -540,6 +544,7 @@ def details(runs, rows, contestants):
                ("client CPU %", lambda r: r["client_cpu_percent"], "{:.0f}"),
                ("server CPU µs/request", lambda r: r.get("server_cpu_us"), "{:.2f}"),
                ("switches/request", lambda r: r.get("server_switches"), "{:.3f}"),
+               ("rest of machine CPU %", lambda r: r["rest_cpu_percent"], "{:.0f}"),
                ("server peak MiB", lambda r: r.get("server_peak_mib"), "{:.1f}")]
     lines = []
     for row in rows:
@@ -559,8 +564,7 @@ def plot(path, title, runs, rows, contestants):
     script = ["set terminal svg size 1200,520 background rgb 'white' font 'sans-serif,12'", f"set output '{path}'",
               f"set multiplot layout 1,{len(panels)} title '{title}'", "set style data histograms",
               "set style histogram errorbars gap 2 lw 1", "set style fill solid 0.85 border -1", "set yrange [0:*]",
-              "set grid ytics", "set datafile missing '?'", "set key top left reverse Left font ',10'",
-              "set offsets 0,0,graph 0.4,0"]
+              "set grid ytics", "set datafile missing '?'", "set key below"]
     for number, (unit, rows_here) in enumerate(panels):
         script.append(f"$panel{number} << END")
         for row in rows_here:
@@ -587,13 +591,21 @@ def version(*argv):
     return None
 
 
+def quietness(seconds=1):
+    """What others use of this machine while we do nothing, in percent of one core."""
+    busy, _, _, then = cpu_clocks()
+    time.sleep(seconds)
+    busy_after, _, _, now = cpu_clocks()
+    return (busy_after - busy) / (now - then) * 100
+
+
 def machine():
     cpu = re.search(r"model name\s*:\s*(.*)", get("/proc/cpuinfo"))
     vm = {name: get(f"/proc/sys/vm/{name}").strip() for name in ("dirty_ratio", "dirty_background_ratio")}
     return {"kernel": platform.release(), "cpu": cpu[1] if cpu else platform.machine(), "cpus": os.cpu_count(),
             "virtual": "hypervisor" in get("/proc/cpuinfo"),
             "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20, "vm": vm,
-            "load_at_start": os.getloadavg(), "fio": version("fio", "--version"),
+            "others_cpu_percent": quietness(), "fio": version("fio", "--version"),
             "nbdkit": version("nbdkit", "--version"), "qemu-nbd": version("qemu-nbd", "--version"),
             "libnbd": version("nbdinfo", "--version")}
 

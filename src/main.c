@@ -41,8 +41,7 @@ int main(int argc, char **argv)
         printf("bight %s\n", BIGHT_VERSION);
         return CLI_OK;
     }
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ||
-        (!strcmp(argv[1], "help") && argc == 2))
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || (!strcmp(argv[1], "help") && argc == 2))
         return help(stdout);
     if (!strcmp(argv[1], "help")) {
         command = find(argv[2]);

@@ -3,8 +3,8 @@
 
 struct cli_command {
     const char *name;
-    const char *summary; // a line of "bight --help"
-    const char *help;    // "bight NAME --help"
+    const char *summary;               // a line of "bight --help"
+    const char *help;                  // "bight NAME --help"
     int (*run)(int argc, char **argv); // argv[0] is the subcommand; returns the exit status
 };
 

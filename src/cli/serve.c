@@ -109,8 +109,7 @@ static int parse_size(const char *option, const char *text, uint64_t *bytes, str
     return 0;
 }
 
-static int parse_count(const char *option, const char *text, unsigned max, unsigned *count,
-                       struct err *err)
+static int parse_count(const char *option, const char *text, unsigned max, unsigned *count, struct err *err)
 {
     unsigned long n;
 
@@ -141,8 +140,7 @@ static int serve_option(struct serve *serve, int option, const char *arg, struct
     case OPT_NAME:
         serve->names[serve->nr_names++] = arg;
         if (strlen(arg) > DEVICE_NAME_MAX)
-            return err_set(err, -EINVAL, "--name: longer than %u bytes; use a shorter one",
-                           DEVICE_NAME_MAX);
+            return err_set(err, -EINVAL, "--name: longer than %u bytes; use a shorter one", DEVICE_NAME_MAX);
         return 0;
     case OPT_READ_ONLY:
         device->image.is_read_only = true;
@@ -193,11 +191,9 @@ static int serve_parse(struct serve *serve, int argc, char **argv, struct err *e
         if (option == 'h')
             return 1;
         if (option == '?')
-            return err_set(err, -EINVAL, "%s: no such option; see bight serve --help",
-                           argv[optind - 1]);
+            return err_set(err, -EINVAL, "%s: no such option; see bight serve --help", argv[optind - 1]);
         if (option == ':')
-            return err_set(err, -EINVAL, "%s: needs a value; see bight serve --help",
-                           argv[optind - 1]);
+            return err_set(err, -EINVAL, "%s: needs a value; see bight serve --help", argv[optind - 1]);
         ret = serve_option(serve, option, optarg, err);
         if (ret < 0)
             return ret;
@@ -225,8 +221,7 @@ static int serve_check_names(const struct serve *serve, struct err *err)
     for (unsigned i = 0; i < serve->nr_images; i++) {
         for (unsigned j = 0; j < i; j++) {
             if (!strcmp(serve_name(serve, i), serve_name(serve, j)))
-                return err_set(err, -EINVAL,
-                               "%s: two exports would be called %s; use --name for each",
+                return err_set(err, -EINVAL, "%s: two exports would be called %s; use --name for each",
                                serve->images[i], serve_name(serve, i));
         }
     }
@@ -276,8 +271,10 @@ static int serve_catch_signals(struct serve *serve, struct err *err)
     serve->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (serve->signal_fd < 0)
         return err_set(err, -errno, "signalfd: %s", strerror(errno));
-    serve->signal_op = (struct ring_op){
-        .done = serve_signalled, .code = RING_POLL, .fd = serve->signal_fd, .events = POLLIN};
+    serve->signal_op = (struct ring_op){.done = serve_signalled,
+                                        .code = RING_POLL,
+                                        .fd = serve->signal_fd,
+                                        .events = POLLIN};
     return 0;
 }
 
@@ -293,9 +290,8 @@ static int serve_create_devices(struct serve *serve, struct err *err)
             return ret;
         serve->devs[serve->nr_devs] = dev;
         log_verbose("%s: %s, %llu bytes, io %s, map %s, %u queues%s", dev->name, dev->image.path,
-                    (unsigned long long)dev->limits.size_bytes, dev->io->ops->name,
-                    dev->map.ops->name, dev->nr_queues,
-                    dev->image.is_read_only ? ", read-only" : "");
+                    (unsigned long long)dev->limits.size_bytes, dev->io->ops->name, dev->map.ops->name,
+                    dev->nr_queues, dev->image.is_read_only ? ", read-only" : "");
     }
     return 0;
 }

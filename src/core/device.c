@@ -14,13 +14,11 @@ int device_check(const struct device *dev, const struct rq *rq)
         return 0;
     if (rq_is_write(rq) && dev->image.is_read_only)
         return -EPERM;
-    if (rq->offset_bytes > limits->size_bytes ||
-        rq->len_bytes > limits->size_bytes - rq->offset_bytes)
+    if (rq->offset_bytes > limits->size_bytes || rq->len_bytes > limits->size_bytes - rq->offset_bytes)
         return rq->op == REQ_OP_WRITE || rq->op == REQ_OP_WRITE_ZEROES ? -ENOSPC : -EINVAL;
     if ((rq->offset_bytes | rq->len_bytes) & (limits->min_block_bytes - 1))
         return -EINVAL;
-    if ((rq->op == REQ_OP_READ || rq->op == REQ_OP_WRITE) &&
-        rq->len_bytes > limits->max_transfer_bytes)
+    if ((rq->op == REQ_OP_READ || rq->op == REQ_OP_WRITE) && rq->len_bytes > limits->max_transfer_bytes)
         return -EINVAL;
     return 0;
 }

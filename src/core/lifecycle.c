@@ -142,8 +142,7 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
     ret = -pthread_create(&queue->thread, NULL, queue_main, &start);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (ret < 0) {
-        err_set(err, ret, "%s: starting a thread: %s; use fewer --queues", dev->name,
-                strerror(-ret));
+        err_set(err, ret, "%s: starting a thread: %s; use fewer --queues", dev->name, strerror(-ret));
         goto out;
     }
     pthread_barrier_wait(&start.barrier);
@@ -165,8 +164,7 @@ static void device_stop_queues(struct device *dev, unsigned nr_started)
         pthread_join(dev->queues[i].thread, NULL);
 }
 
-static int device_start_queues(struct device *dev, const struct device_options *options,
-                               struct err *err)
+static int device_start_queues(struct device *dev, const struct device_options *options, struct err *err)
 {
     int ret;
 

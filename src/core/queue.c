@@ -82,8 +82,8 @@ static void rq_step(struct rq *rq)
     rq_uncut_part(rq); // begins again after rq_hold()
     while (rq->done_bytes < rq->len_bytes) {
         uint64_t left_bytes = rq->len_bytes - rq->done_bytes;
-        int ret = map_extent(&dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false,
-                             &rq->ext);
+        int ret =
+            map_extent(&dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false, &rq->ext);
 
         if (ret < 0) {
             rq_end(rq, ret);
@@ -140,8 +140,7 @@ void rq_work_done(struct ring_op *op, int res)
     rq_end(container_of(op, struct rq, ring_op), res);
 }
 
-void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq),
-                    void (*done)(struct ring_op *op, int res))
+void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(struct ring_op *op, int res))
 {
     rq->work = work;
     rq->ring_op.done = done;

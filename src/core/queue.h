@@ -23,7 +23,7 @@ struct queue {
     unsigned index;
     unsigned nr_inflight;
     bool is_frozen;
-    bool is_freeze_due;            // frozen, and the device has not been told yet
+    bool is_freeze_due;           // frozen, and the device has not been told yet
     struct rq *held, **held_tail; // waiting for the end of the freeze
     struct queue_stats stats;
 
@@ -55,8 +55,7 @@ void rq_end(struct rq *rq, int error);
 
 // Has a worker run work(rq), and done() called with its result on the queue's thread. Any done() may
 // be rq_work_done(), which ends the request with that. Queue's thread.
-void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq),
-                    void (*done)(struct ring_op *op, int res));
+void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(struct ring_op *op, int res));
 void rq_work_done(struct ring_op *op, int res);
 
 // The queue is frozen and idle: tells the device (lifecycle.c).

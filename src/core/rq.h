@@ -12,7 +12,7 @@ enum req_op {
     REQ_OP_READ,
     REQ_OP_WRITE,
     REQ_OP_FLUSH,
-    REQ_OP_DISCARD,      // a hint: contents are undefined afterwards
+    REQ_OP_DISCARD, // a hint: contents are undefined afterwards
     REQ_OP_WRITE_ZEROES,
     REQ_OP_BLOCK_STATUS, // iov[0] is an array of struct extent to fill
     REQ_OP_PREFETCH,     // a hint: reads of the range will follow
@@ -20,9 +20,9 @@ enum req_op {
 };
 
 enum rq_flags {
-    RQ_FUA = 1 << 0,       // WRITE, WRITE_ZEROES, DISCARD: durable when complete
-    RQ_NOUNMAP = 1 << 1,   // WRITE_ZEROES: the range stays allocated
-    RQ_FAST_ZERO = 1 << 2, // WRITE_ZEROES: -EOPNOTSUPP rather than writing zeroes out
+    RQ_FUA = 1 << 0,        // WRITE, WRITE_ZEROES, DISCARD: durable when complete
+    RQ_NOUNMAP = 1 << 1,    // WRITE_ZEROES: the range stays allocated
+    RQ_FAST_ZERO = 1 << 2,  // WRITE_ZEROES: -EOPNOTSUPP rather than writing zeroes out
     RQ_ONE_EXTENT = 1 << 3, // BLOCK_STATUS: one extent is enough
 };
 
@@ -34,14 +34,14 @@ struct rq {
     uint8_t flags;
     uint16_t tag;
     uint16_t nr_iov;
-    int16_t buf_index;    // registered buffer that holds all of iov, or -1
-    struct iovec *iov;    // READ, WRITE: len_bytes in all; is used up on the way
+    int16_t buf_index;     // registered buffer that holds all of iov, or -1
+    struct iovec *iov;     // READ, WRITE: len_bytes in all; is used up on the way
     uint64_t offset_bytes; // in the device
     uint64_t len_bytes;
     void (*done)(struct rq *rq); // on the queue's thread
 
     // The answer, for done().
-    int error;         // 0 or a negative errno
+    int error;           // 0 or a negative errno
     unsigned nr_extents; // BLOCK_STATUS: how many were filled
 
     // The core's.
@@ -55,8 +55,8 @@ struct rq {
     size_t iov_cut_bytes; // taken off the part's last vector, which belongs to the next part
     uint16_t part_nr_iov;
 
-    struct ring_op ring_op; // the io's operation in flight
-    int (*work)(struct rq *rq); // what a worker thread does for it
+    struct ring_op ring_op;                          // the io's operation in flight
+    int (*work)(struct rq *rq);                      // what a worker thread does for it
     void (*flush_done)(struct ring_op *op, int res); // fault: ring_op.done while it waits
     // The io's, while it has the request.
     struct {

@@ -70,8 +70,8 @@ void stats_print(const struct device *dev, FILE *file)
         if (!atomic_load(&op->nr_done))
             continue;
         fprintf(file,
-                "bight: %s: %s: %" PRIu64 " done, %" PRIu64 " errors, %" PRIu64
-                " bytes, latency p50 %" PRIu64 " us, p99 %" PRIu64 " us\n",
+                "bight: %s: %s: %" PRIu64 " done, %" PRIu64 " errors, %" PRIu64 " bytes, latency p50 %" PRIu64
+                " us, p99 %" PRIu64 " us\n",
                 dev->name, op_names[i], atomic_load(&op->nr_done), atomic_load(&op->nr_errors),
                 atomic_load(&op->nr_bytes), stats_percentile_ns(op, 50) / 1000,
                 stats_percentile_ns(op, 99) / 1000);

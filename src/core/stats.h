@@ -24,8 +24,8 @@ struct queue_stats {
 };
 
 // No lock prefix: there is one writer.
-#define stats_add(counter, n)                                                                      \
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + (n),      \
+#define stats_add(counter, n)                                                                 \
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + (n), \
                           memory_order_relaxed)
 
 static inline unsigned stats_bucket(uint64_t ns)

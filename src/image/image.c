@@ -46,16 +46,13 @@ static int lock_all(int fd, bool is_read_only)
     for (unsigned i = 0; i < PERM_NR_BITS; i++) {
         if ((used & 1U << i) && (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_PERM_BASE + i)) < 0)
             return ret;
-        if ((unshared & 1U << i) &&
-            (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_SHARED_BASE + i)) < 0)
+        if ((unshared & 1U << i) && (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_SHARED_BASE + i)) < 0)
             return ret;
     }
     for (unsigned i = 0; i < PERM_NR_BITS; i++) {
-        if ((used & 1U << i) &&
-            (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_SHARED_BASE + i)) < 0)
+        if ((used & 1U << i) && (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_SHARED_BASE + i)) < 0)
             return ret;
-        if ((unshared & 1U << i) &&
-            (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_PERM_BASE + i)) < 0)
+        if ((unshared & 1U << i) && (ret = lock_byte(fd, F_OFD_GETLK, F_WRLCK, LOCK_PERM_BASE + i)) < 0)
             return ret;
     }
     return 0;
@@ -115,8 +112,7 @@ const char *image_looks_like(const void *head, unsigned len_bytes)
     return NULL;
 }
 
-static int image_check_format(const struct image *image, const struct image_options *options,
-                              struct err *err)
+static int image_check_format(const struct image *image, const struct image_options *options, struct err *err)
 {
     const char *format;
     char *head;
@@ -130,8 +126,8 @@ static int image_check_format(const struct image *image, const struct image_opti
     n = pread(image->fd, head, 4096, 0);
     format = n > 0 ? image_looks_like(head, (unsigned)n) : NULL;
     if (n < 0)
-        ret = err_set(err, -errno, "%s: reading its first block: %s; check the disk below",
-                      image->path, strerror(errno));
+        ret = err_set(err, -errno, "%s: reading its first block: %s; check the disk below", image->path,
+                      strerror(errno));
     else if (format)
         ret = err_set(err, -EINVAL,
                       "%s: looks like a %s image; use --format raw to serve these bytes as they are, "
@@ -153,9 +149,8 @@ static int image_open_fd(struct image *image, const struct image_options *option
         return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
                        image->path, strerror(errno));
     if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-        return err_set(err, -EINVAL,
-                       "%s: is %s; only regular files and block devices can be served", image->path,
-                       S_ISDIR(st.st_mode) ? "a directory" : "no file of bytes");
+        return err_set(err, -EINVAL, "%s: is %s; only regular files and block devices can be served",
+                       image->path, S_ISDIR(st.st_mode) ? "a directory" : "no file of bytes");
     image->is_block_device = S_ISBLK(st.st_mode);
     if (image->is_block_device && !options->is_read_only)
         flags |= O_EXCL; // refused while it is mounted or otherwise claimed
@@ -192,8 +187,7 @@ static int image_measure(struct image *image, const struct image_options *option
         return err_set(err, -errno, "%s: finding its size: %s", image->path, strerror(errno));
     image->file_bytes = (uint64_t)end;
     if (options->offset_bytes > image->file_bytes)
-        return err_set(err, -EINVAL,
-                       "%s: --offset %llu lies behind its end (%llu bytes); use a smaller one",
+        return err_set(err, -EINVAL, "%s: --offset %llu lies behind its end (%llu bytes); use a smaller one",
                        image->path, (unsigned long long)options->offset_bytes,
                        (unsigned long long)image->file_bytes);
     image->offset_bytes = options->offset_bytes;
@@ -214,9 +208,8 @@ static void image_align(struct image *image)
     if (!image->is_direct)
         return;
     image->dio_offset_align = image->dio_mem_align = 4096;
-    if (!statx(image->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) &&
-        (stx.stx_mask & STATX_DIOALIGN) && is_power_of_2(stx.stx_dio_offset_align) &&
-        is_power_of_2(stx.stx_dio_mem_align)) {
+    if (!statx(image->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) && (stx.stx_mask & STATX_DIOALIGN) &&
+        is_power_of_2(stx.stx_dio_offset_align) && is_power_of_2(stx.stx_dio_mem_align)) {
         image->dio_offset_align = stx.stx_dio_offset_align;
         image->dio_mem_align = stx.stx_dio_mem_align;
     } else if (image->is_block_device && !ioctl(image->fd, BLKSSZGET, &sector_bytes) &&
@@ -225,8 +218,7 @@ static void image_align(struct image *image)
     }
 }
 
-int image_open(struct image *image, const char *path, const struct image_options *options,
-               struct err *err)
+int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err)
 {
     int ret;
 
@@ -245,8 +237,7 @@ int image_open(struct image *image, const char *path, const struct image_options
         goto out;
     }
     if (ret < 0)
-        log_line("%s: cannot be locked (%s); take care that nobody else writes to it", path,
-                 strerror(-ret));
+        log_line("%s: cannot be locked (%s); take care that nobody else writes to it", path, strerror(-ret));
     ret = image_measure(image, options, err);
     if (ret < 0)
         goto out;

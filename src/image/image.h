@@ -23,16 +23,15 @@ struct image {
     bool is_direct;
     bool is_sync; // opened with O_SYNC or O_DSYNC: no volatile cache
     bool is_block_device;
-    uint64_t offset_bytes; // where the device begins in the image
-    uint64_t size_bytes;   // of the device: what lies between the offset and the limit or the end
-    uint64_t file_bytes;   // of the whole image
+    uint64_t offset_bytes;     // where the device begins in the image
+    uint64_t size_bytes;       // of the device: what lies between the offset and the limit or the end
+    uint64_t file_bytes;       // of the whole image
     uint32_t dio_offset_align; // direct: offsets and lengths; a power of two; 1 when buffered
     uint32_t dio_mem_align;    // direct: memory; 1 when buffered
 };
 
 // 0, or a negative errno with err set. Takes the image's locks.
-int image_open(struct image *image, const char *path, const struct image_options *options,
-               struct err *err);
+int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err);
 void image_close(struct image *image);
 
 // What the first len bytes look like: the name of a disk image format, or NULL.

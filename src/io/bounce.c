@@ -105,8 +105,8 @@ static uint64_t bounce_piece_end(const struct image *image, uint64_t start, uint
     return min_of(end, round_down(start, image->dio_offset_align) + WORKERS_SCRATCH_BYTES);
 }
 
-static int bounce_write(const struct image *image, uint64_t offset, uint64_t len,
-                        const struct iovec *iov, int rw_flags)
+static int bounce_write(const struct image *image, uint64_t offset, uint64_t len, const struct iovec *iov,
+                        int rw_flags)
 {
     uint64_t end = offset + len, next;
 
@@ -121,8 +121,7 @@ static int bounce_write(const struct image *image, uint64_t offset, uint64_t len
     return 0;
 }
 
-static int bounce_read(const struct image *image, uint64_t offset, uint64_t len,
-                       const struct iovec *iov)
+static int bounce_read(const struct image *image, uint64_t offset, uint64_t len, const struct iovec *iov)
 {
     char *scratch = workers_scratch();
     uint64_t align = image->dio_offset_align, end = offset + len, next;
@@ -160,8 +159,7 @@ int bounce_work(struct rq *rq)
     return ret < 0 ? ret : (int)len;
 }
 
-int bounce_write_zeroes(const struct image *image, uint64_t offset_bytes, uint64_t len_bytes,
-                        int rw_flags)
+int bounce_write_zeroes(const struct image *image, uint64_t offset_bytes, uint64_t len_bytes, int rw_flags)
 {
     return bounce_write(image, offset_bytes, len_bytes, NULL, rw_flags);
 }

@@ -12,5 +12,4 @@ int bounce_work(struct rq *rq);
 
 // Writes zeroes to [offset, offset + len) of the image: blocks at the edges by read-modify-write, so
 // the caller holds their range. rw_flags: RWF_*. 0 or a negative errno.
-int bounce_write_zeroes(const struct image *image, uint64_t offset_bytes, uint64_t len_bytes,
-                        int rw_flags);
+int bounce_write_zeroes(const struct image *image, uint64_t offset_bytes, uint64_t len_bytes, int rw_flags);

@@ -26,8 +26,8 @@
 
 struct buffered {
     struct io io;
-    bool is_single;                     // U3
-    atomic_bool cannot_write_nowait;    // the file system has none; latched
+    bool is_single;                  // U3
+    atomic_bool cannot_write_nowait; // the file system has none; latched
     struct writer writer;
 };
 
@@ -58,8 +58,7 @@ static void buffered_read(struct rq *rq)
 static void buffered_write(struct buffered *buffered, struct rq *rq)
 {
     if (!atomic_load_explicit(&buffered->cannot_write_nowait, memory_order_relaxed) &&
-        !rq->ring_op.rw_flags && rq_part_bytes(rq) <= NOWAIT_MAX_BYTES &&
-        writer_is_idle(&buffered->writer)) {
+        !rq->ring_op.rw_flags && rq_part_bytes(rq) <= NOWAIT_MAX_BYTES && writer_is_idle(&buffered->writer)) {
         int res = buffered_try_nowait(&rq->ring_op); // U2
 
         if (res > 0) {
@@ -103,8 +102,8 @@ static int buffered_prefetch_work(struct rq *rq)
 {
     const struct image *image = &rq->queue->dev->image;
 
-    return -posix_fadvise(image->fd, (off_t)(image->offset_bytes + rq->offset_bytes),
-                          (off_t)rq->len_bytes, POSIX_FADV_WILLNEED);
+    return -posix_fadvise(image->fd, (off_t)(image->offset_bytes + rq->offset_bytes), (off_t)rq->len_bytes,
+                          POSIX_FADV_WILLNEED);
 }
 
 static void buffered_other(struct io *io, struct rq *rq)

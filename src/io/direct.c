@@ -105,8 +105,7 @@ static void direct_other(struct io *io, struct rq *rq)
     if (rq->op == REQ_OP_PREFETCH) // there is no cache to read into
         rq_end(rq, 0);
     else if (direct->is_locking)
-        direct_lock(rq, round_down(start, align), round_up(end, align), has_edges,
-                    direct_other_locked);
+        direct_lock(rq, round_down(start, align), round_up(end, align), has_edges, direct_other_locked);
     else if (has_edges)
         direct_start_locking(rq);
     else

@@ -40,9 +40,8 @@ static const struct {
     const char *name;
     enum req_op op; // REQ_OP_NR: any
 } fault_ops[] = {
-    {"read", REQ_OP_READ},       {"write", REQ_OP_WRITE},
-    {"flush", REQ_OP_FLUSH},     {"discard", REQ_OP_DISCARD},
-    {"any", REQ_OP_NR},          {"write_zeroes", REQ_OP_WRITE_ZEROES},
+    {"read", REQ_OP_READ},       {"write", REQ_OP_WRITE}, {"flush", REQ_OP_FLUSH},
+    {"discard", REQ_OP_DISCARD}, {"any", REQ_OP_NR},      {"write_zeroes", REQ_OP_WRITE_ZEROES},
 };
 
 static const struct {
@@ -172,8 +171,7 @@ static int parse_errno(const char *name, int *code)
     return -EINVAL;
 }
 
-static int parse_op_key(struct fault_chance *chance, enum req_op op, const char *key,
-                        const char *value)
+static int parse_op_key(struct fault_chance *chance, enum req_op op, const char *key, const char *value)
 {
     const char *rest;
     unsigned long ms;
@@ -267,8 +265,8 @@ static int fault_parse(struct fault *fault, const char *spec, char *lower, struc
             *value++ = '\0';
         ret = value ? parse_pair(fault, pair, value, lower) : -EINVAL;
         if (ret < 0)
-            err_set(err, ret, "--io: fault: %s%s%s: not understood; see FAULTS in bight-serve(1)",
-                    pair, value ? "=" : "", value ? value : "");
+            err_set(err, ret, "--io: fault: %s%s%s: not understood; see FAULTS in bight-serve(1)", pair,
+                    value ? "=" : "", value ? value : "");
     }
     free(copy);
     return ret;

@@ -15,8 +15,7 @@ static int writer_write(const struct ring_op *op)
     ssize_t n;
 
     do {
-        n = pwritev2(op->fd, op->rw.iov, (int)op->rw.nr_iov, (off_t)op->rw.offset_bytes,
-                     op->rw_flags);
+        n = pwritev2(op->fd, op->rw.iov, (int)op->rw.nr_iov, (off_t)op->rw.offset_bytes, op->rw_flags);
     } while (n < 0 && errno == EINTR);
     return n < 0 ? -errno : (int)n;
 }

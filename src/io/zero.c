@@ -52,8 +52,7 @@ static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset
             return ret;
         atomic_store(&io->cannot_punch, true);
     }
-    if (!atomic_load(&io->cannot_zero_range) &&
-        !(image->is_block_device && (rq->flags & RQ_FAST_ZERO))) {
+    if (!atomic_load(&io->cannot_zero_range) && !(image->is_block_device && (rq->flags & RQ_FAST_ZERO))) {
         ret = do_fallocate(image, FALLOC_FL_ZERO_RANGE, offset, len);
         if (!cannot(ret))
             return ret;
@@ -116,8 +115,7 @@ int zero_work(struct rq *rq)
         ret = zero_discard(dev->io, offset, rq->len_bytes);
     else
         ret = zero_write_zeroes(dev->io, rq, offset, rq->len_bytes);
-    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC &&
-        fdatasync(dev->image.fd) < 0) {
+    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC && fdatasync(dev->image.fd) < 0) {
         ret = -errno;
         flush_failed(dev, ret); // F2
     }

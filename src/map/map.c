@@ -20,15 +20,14 @@ const struct map_ops *map_find(const char *name, struct err *err)
     return NULL;
 }
 
-int map_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create,
-               bool may_block, struct extent *ext)
+int map_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create, bool may_block,
+               struct extent *ext)
 {
     int ret;
 
     assert(len_bytes && (may_block || !create));
     ret = map->ops->extent(map, start_bytes, len_bytes, create, may_block, ext);
-    assert(ret < 0 || (ext->start_bytes == start_bytes && ext->len_bytes &&
-                       ext->len_bytes <= len_bytes));
+    assert(ret < 0 || (ext->start_bytes == start_bytes && ext->len_bytes && ext->len_bytes <= len_bytes));
     assert(ret != -EAGAIN || !may_block);
     return ret;
 }

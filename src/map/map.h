@@ -30,8 +30,8 @@ struct map_ops {
     int (*open)(struct map *map, struct err *err);
     // Required. Any thread. Answers for start_bytes and at most len_bytes; less is allowed. 0, or a
     // negative errno; -EAGAIN only without may_block: the answer is not known without blocking.
-    int (*extent)(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create,
-                  bool may_block, struct extent *ext);
+    int (*extent)(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create, bool may_block,
+                  struct extent *ext);
     // Optional. Any thread; cold; nothing is in flight.
     void (*close)(struct map *map);
 };
@@ -49,5 +49,5 @@ const struct map_ops *map_find(const char *name, struct err *err);
 // The extent at start_bytes, cut to len_bytes (> 0). create: allocates (may_block must be set).
 // !may_block: only what is known without blocking; where the bytes go on the data path.
 // may_block && !create: the truth about holes, for block status and pictures.
-int map_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create,
-               bool may_block, struct extent *ext);
+int map_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create, bool may_block,
+               struct extent *ext);

@@ -92,13 +92,13 @@ struct ring_ops {
 
 struct ring {
     const struct ring_ops *ops;
-    uint64_t now_ns; // time of the last wake-up: good enough for latencies, free to read
-    int wake_fd;     // eventfd: the inbox has something
+    uint64_t now_ns;        // time of the last wake-up: good enough for latencies, free to read
+    int wake_fd;            // eventfd: the inbox has something
     struct ring_op *timers; // sorted by time
     struct ring_hook *hooks;
     struct ring_hook **hooks_tail;
-    const char *mode; // for people: which flags the kernel took
-    char pad[64]; // what other threads write does not share a line with the above
+    const char *mode;                // for people: which flags the kernel took
+    char pad[64];                    // what other threads write does not share a line with the above
     _Atomic(struct ring_op *) inbox; // last posted first
     atomic_bool is_woken;
 };

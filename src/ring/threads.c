@@ -53,8 +53,7 @@ static int threads_update_epoll(struct threads *threads, int fd, struct threads_
     if (state->writer)
         event.events |= EPOLLOUT;
     event.events |= EPOLLONESHOT;
-    if (epoll_ctl(threads->epoll_fd, state->is_in_epoll ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd,
-                  &event) < 0)
+    if (epoll_ctl(threads->epoll_fd, state->is_in_epoll ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) < 0)
         return -errno;
     state->is_in_epoll = true;
     return 0;

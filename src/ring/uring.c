@@ -107,8 +107,7 @@ int uring_wait(struct ring *ring, uint64_t timeout_ns)
     if (ret < 0 && ret != -EINTR && ret != -ETIME && ret != -EBUSY && ret != -EAGAIN)
         return ret;
     ring->now_ns = util_now_ns();
-    io_uring_for_each_cqe(&uring->io, head, cqe)
-    {
+    io_uring_for_each_cqe (&uring->io, head, cqe) {
         struct ring_op *op = io_uring_cqe_get_data(cqe);
 
         nr_seen++;

@@ -17,7 +17,7 @@ struct uring {
     struct iovec wake_iov;
     uint64_t wake_count;
     bool has_files, has_buffers;
-    bool is_fd_fixed[URING_MAX_FDS];   // fd is registered, in the slot of the same number
+    bool is_fd_fixed[URING_MAX_FDS]; // fd is registered, in the slot of the same number
     bool is_buf_used[URING_MAX_BUFS];
     char mode[128];
 };

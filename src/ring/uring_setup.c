@@ -109,16 +109,14 @@ static int uring_create(struct ring **ring, struct err *err)
     }
     ret = uring_init_queue(uring, &mode);
     if (ret < 0) {
-        err_set(err, ret,
-                "ring: uring: io_uring_setup: %s; allow io_uring here, or use --ring threads",
+        err_set(err, ret, "ring: uring: io_uring_setup: %s; allow io_uring here, or use --ring threads",
                 strerror(-ret));
         goto out_ring;
     }
     uring->has_files = !io_uring_register_files_sparse(&uring->io, URING_MAX_FDS);
     uring->has_buffers = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS);
     io_uring_register_ring_fd(&uring->io); // saves a look-up per enter; an error costs nothing
-    snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode,
-             uring->has_files ? ", registered files" : "",
+    snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode, uring->has_files ? ", registered files" : "",
              uring->has_buffers ? ", registered buffers" : "");
     uring->ring.mode = uring->mode;
     uring->wake_iov = (struct iovec){&uring->wake_count, sizeof(uring->wake_count)};

@@ -23,8 +23,7 @@ struct transport_options {
 struct transport_ops {
     const char *name; // also its option: --NAME
     // Required. Main thread. Begins to listen. 0 or a negative errno with err set.
-    int (*start)(struct transport **transport, const struct transport_options *options,
-                 struct err *err);
+    int (*start)(struct transport **transport, const struct transport_options *options, struct err *err);
     // Required. Main thread. Takes no new clients, lets what is in flight come to its end, and calls
     // stopped() on the main thread when nobody is left, which is in bounded time.
     void (*stop)(struct transport *transport, void (*stopped)(struct transport *transport, void *arg),

@@ -10,7 +10,7 @@
 struct arena {
     char *base;
     size_t nr_pages;
-    uint64_t *used;   // a bit a page
+    uint64_t *used;    // a bit a page
     size_t first_free; // no page below is free
 };
 

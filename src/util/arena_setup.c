@@ -10,8 +10,8 @@ int arena_create(struct arena *arena, size_t len_bytes)
     arena->used = calloc((arena->nr_pages + 63) / 64, sizeof(*arena->used));
     if (!arena->used)
         return -ENOMEM;
-    arena->base = mmap(NULL, len_bytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    arena->base =
+        mmap(NULL, len_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (arena->base == MAP_FAILED) {
         free(arena->used);
         return -ENOMEM;

@@ -39,8 +39,8 @@ static void conn_unref(struct nbd_conn *conn)
 // Nothing of conn may be touched after this.
 static void conn_close_if_over(struct nbd_conn *conn)
 {
-    if (!conn->is_rx_over || conn->is_recv_armed || conn->is_send_armed ||
-        conn->reply_hook.is_queued || tags_nr_used(&conn->tags))
+    if (!conn->is_rx_over || conn->is_recv_armed || conn->is_send_armed || conn->reply_hook.is_queued ||
+        tags_nr_used(&conn->tags))
         return;
     ring_remove_buf(conn->queue->ring, conn->buf_index);
     ring_remove_fd(conn->queue->ring, conn->fd);
@@ -53,8 +53,8 @@ static void conn_close_if_over(struct nbd_conn *conn)
 
 // The header of a chunk, or of a whole simple reply, into the message under way. data_len: bytes that
 // follow the header, some of them appended to it by the caller.
-static uint8_t *conn_put_head(struct nbd_conn *conn, const struct nbd_rq *nrq, unsigned type,
-                              unsigned flags, uint64_t data_len)
+static uint8_t *conn_put_head(struct nbd_conn *conn, const struct nbd_rq *nrq, unsigned type, unsigned flags,
+                              uint64_t data_len)
 {
     uint8_t *head = conn->tx_heads[conn->nr_tx_heads++].bytes;
     struct iovec *iov = &conn->tx_iov[conn->msg.msg_iovlen++];
@@ -174,9 +174,9 @@ static void conn_put_block_status(struct nbd_conn *conn, struct nbd_rq *nrq)
             be_put32(desc + 4, state);
         }
     }
-    more = conn_put_head(conn, nrq,
-                         is_extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
-                         NBD_REPLY_FLAG_DONE, head_bytes + desc_bytes * nrq->rq.nr_extents);
+    more =
+        conn_put_head(conn, nrq, is_extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
+                      NBD_REPLY_FLAG_DONE, head_bytes + desc_bytes * nrq->rq.nr_extents);
     be_put32(more, NBD_CONTEXT_ID);
     if (is_extended)
         be_put32(more + 4, nrq->rq.nr_extents);
@@ -362,8 +362,7 @@ static bool nbd_rq_get_buf(struct nbd_conn *conn, struct nbd_rq *nrq, size_t len
 
 // A tag, and memory unless the request is to be answered with *error. NULL: there is none, the client
 // has to wait (is_stalled).
-static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_request *request,
-                                  int *error)
+static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_request *request, int *error)
 {
     struct rq *rq = tags_get(&conn->tags);
     struct nbd_rq *nrq;
@@ -455,8 +454,7 @@ static bool conn_take_request(struct nbd_conn *conn)
 
     if (conn->rx_end - conn->rx_begin < nbd_request_bytes(conn->mode))
         return false;
-    if (nbd_request_parse(conn->rx_buf + conn->rx_begin, conn->mode, conn->has_meta_context,
-                          &request) < 0) {
+    if (nbd_request_parse(conn->rx_buf + conn->rx_begin, conn->mode, conn->has_meta_context, &request) < 0) {
         conn_hang_up(conn);
         return false;
     }

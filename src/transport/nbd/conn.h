@@ -19,10 +19,10 @@
 #define NBD_RX_BYTES (256 * 1024)
 // Memory for the data of all requests in flight: the largest one, and more for small ones.
 #define NBD_ARENA_BYTES (48 * 1024 * 1024)
-#define NBD_FIXED_BYTES (1024 * 1024)       // of that, registered with the ring
-#define NBD_STATUS_BYTES (64 * 1024)        // BLOCK_STATUS: struct extents, then the reply made of them
-#define NBD_TX_MAX_CHUNKS 256               // reply headers in one sendmsg
-#define NBD_HOLE_BYTES (32 * 1024)          // granularity in which READ looks for zeroes
+#define NBD_FIXED_BYTES (1024 * 1024) // of that, registered with the ring
+#define NBD_STATUS_BYTES (64 * 1024)  // BLOCK_STATUS: struct extents, then the reply made of them
+#define NBD_TX_MAX_CHUNKS 256         // reply headers in one sendmsg
+#define NBD_HOLE_BYTES (32 * 1024)    // granularity in which READ looks for zeroes
 
 struct nbd_conn;
 struct nbd_client;
@@ -37,7 +37,7 @@ struct nbd_rq {
     size_t buf_pages;
     uint64_t sent_bytes; // READ: of the data, in chunks that have been put into messages
 
-    bool want_one_chunk;  // READ with DF
+    bool want_one_chunk; // READ with DF
     struct iovec iov;
 };
 
@@ -50,11 +50,11 @@ struct nbd_conn {
     int fd;
     enum nbd_mode mode;
     bool has_meta_context;
-    bool is_rx_over;    // no more requests will be read
+    bool is_rx_over; // no more requests will be read
     bool is_recv_armed;
     bool is_send_armed;
-    bool is_broken;     // replies have nowhere to go any more
-    bool is_stalled;    // out of tags or memory: reading goes on after replies have left
+    bool is_broken;  // replies have nowhere to go any more
+    bool is_stalled; // out of tags or memory: reading goes on after replies have left
     struct device *dev;
     struct queue *queue;
     struct tags tags;
@@ -62,8 +62,8 @@ struct nbd_conn {
     int buf_index; // of the arena's first NBD_FIXED_BYTES, or -1
 
     uint8_t *rx_buf;
-    size_t rx_begin, rx_end; // not parsed yet
-    uint64_t skip_bytes;     // payload of a request that was refused
+    size_t rx_begin, rx_end;   // not parsed yet
+    uint64_t skip_bytes;       // payload of a request that was refused
     struct nbd_rq *payload_rq; // WRITE whose payload is still coming
     size_t payload_bytes;      // of it, have come
     struct ring_op recv_op;

@@ -7,8 +7,7 @@
 #include "core/queue.h"
 #include "transport/nbd/conn.h"
 
-struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, const void *in,
-                                 size_t in_len)
+struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, const void *in, size_t in_len)
 {
     struct nbd_conn *conn = calloc(1, sizeof(*conn));
 

@@ -48,8 +48,7 @@ static uint8_t *reply(struct nbd_handshake *handshake, uint32_t option, uint32_t
     return at + 20;
 }
 
-static void reply_error(struct nbd_handshake *handshake, uint32_t option, uint32_t type,
-                        const char *why)
+static void reply_error(struct nbd_handshake *handshake, uint32_t option, uint32_t type, const char *why)
 {
     uint8_t *data = reply(handshake, option, type, strlen(why));
 
@@ -57,8 +56,7 @@ static void reply_error(struct nbd_handshake *handshake, uint32_t option, uint32
         memcpy(data, why, strlen(why));
 }
 
-static struct device *find_export(const struct nbd_handshake *handshake, const void *name,
-                                  size_t name_len)
+static struct device *find_export(const struct nbd_handshake *handshake, const void *name, size_t name_len)
 {
     if (!name_len)
         return handshake->devs[0];
@@ -161,8 +159,7 @@ static void reply_info(struct nbd_handshake *handshake, uint32_t option, const s
 }
 
 // INFO and GO. "NBD_OPT_INFO": name length32, name, number of requests16, requests16 each.
-static void option_go(struct nbd_handshake *handshake, uint32_t option, const uint8_t *data,
-                      uint32_t len)
+static void option_go(struct nbd_handshake *handshake, uint32_t option, const uint8_t *data, uint32_t len)
 {
     uint32_t name_len = len >= 6 ? be_get32(data) : UINT32_MAX;
     struct device *dev;
@@ -191,8 +188,7 @@ static void option_go(struct nbd_handshake *handshake, uint32_t option, const ui
     handshake->state = NBD_HANDSHAKE_DONE;
 }
 
-static void option_mode(struct nbd_handshake *handshake, uint32_t option, uint32_t len,
-                        enum nbd_mode mode)
+static void option_mode(struct nbd_handshake *handshake, uint32_t option, uint32_t len, enum nbd_mode mode)
 {
     if (len)
         reply_error(handshake, option, NBD_REP_ERR_INVALID, "this option has no data");
@@ -237,8 +233,8 @@ static int match_queries(const uint8_t *data, uint32_t len, bool is_list)
     return len ? -EINVAL : found;
 }
 
-static void option_meta_context(struct nbd_handshake *handshake, uint32_t option,
-                                const uint8_t *data, uint32_t len)
+static void option_meta_context(struct nbd_handshake *handshake, uint32_t option, const uint8_t *data,
+                                uint32_t len)
 {
     static const char name[] = NBD_CONTEXT_BASE_ALLOCATION;
     bool is_list = option == NBD_OPT_LIST_META_CONTEXT;
@@ -274,8 +270,7 @@ static void option_meta_context(struct nbd_handshake *handshake, uint32_t option
     reply(handshake, option, NBD_REP_ACK, 0);
 }
 
-static void handle_option(struct nbd_handshake *handshake, uint32_t option, const uint8_t *data,
-                          uint32_t len)
+static void handle_option(struct nbd_handshake *handshake, uint32_t option, const uint8_t *data, uint32_t len)
 {
     switch (option) {
     case NBD_OPT_EXPORT_NAME:
@@ -358,8 +353,7 @@ size_t nbd_handshake_input(struct nbd_handshake *handshake, const uint8_t *in, s
     return OPTION_HEADER_BYTES + len;
 }
 
-int nbd_handshake_begin(struct nbd_handshake *handshake, struct device *const *devs,
-                        unsigned nr_devs)
+int nbd_handshake_begin(struct nbd_handshake *handshake, struct device *const *devs, unsigned nr_devs)
 {
     uint8_t *at;
 

@@ -40,8 +40,7 @@ struct nbd_handshake {
 };
 
 // Puts the greeting into out. 0 or -ENOMEM.
-int nbd_handshake_begin(struct nbd_handshake *handshake, struct device *const *devs,
-                        unsigned nr_devs);
+int nbd_handshake_begin(struct nbd_handshake *handshake, struct device *const *devs, unsigned nr_devs);
 void nbd_handshake_end(struct nbd_handshake *handshake);
 
 // Looks at what has been received and goes on as far as one message. Returns the bytes used up: 0 when

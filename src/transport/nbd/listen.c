@@ -32,8 +32,7 @@ static int listen_clear_path(const struct sockaddr_un *sun, struct err *err)
     // EAGAIN: somebody listens and is busy. ECONNREFUSED: nobody does, the file is a left-over.
     if (!connect(fd, (const struct sockaddr *)sun, sizeof(*sun)) || errno != ECONNREFUSED)
         ret = err_set(err, -EADDRINUSE,
-                      "--nbd: unix:%s: somebody listens there; stop it, or use another path",
-                      sun->sun_path);
+                      "--nbd: unix:%s: somebody listens there; stop it, or use another path", sun->sun_path);
     else if (unlink(sun->sun_path) < 0)
         ret = err_set(err, -errno, "--nbd: unix:%s: removing the stale socket: %s", sun->sun_path,
                       strerror(errno));
@@ -47,8 +46,8 @@ static int listen_unix(const char *path, struct err *err)
     int fd, ret;
 
     if (!*path || strlen(path) >= sizeof(sun.sun_path))
-        return err_set(err, -ENAMETOOLONG, "--nbd: unix:%s: a path of 1 to %zu bytes is needed",
-                       path, sizeof(sun.sun_path) - 1);
+        return err_set(err, -ENAMETOOLONG, "--nbd: unix:%s: a path of 1 to %zu bytes is needed", path,
+                       sizeof(sun.sun_path) - 1);
     strcpy(sun.sun_path, path);
     ret = listen_clear_path(&sun, err);
     if (ret < 0)
@@ -90,8 +89,7 @@ static int listen_tcp(const char *addr, struct err *err)
     int ret;
 
     if (!colon || !colon[1] || host_len >= sizeof(name))
-        return err_set(err, -EINVAL,
-                       "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
+        return err_set(err, -EINVAL, "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
     if (host_len >= 2 && host[0] == '[' && host[host_len - 1] == ']') {
         host++;
         host_len -= 2;
@@ -100,8 +98,7 @@ static int listen_tcp(const char *addr, struct err *err)
     name[host_len] = '\0';
     ret = getaddrinfo(host_len ? name : NULL, colon + 1, &hints, &found);
     if (ret)
-        return err_set(err, -EINVAL, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr,
-                       gai_strerror(ret));
+        return err_set(err, -EINVAL, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr, gai_strerror(ret));
     // Without a host, "::" takes IPv4 as well: the families are tried in that order.
     ret = -EADDRNOTAVAIL;
     for (ai = found; ai && ret < 0; ai = ai->ai_next) {
@@ -130,8 +127,7 @@ void nbd_unlisten(int fd)
     int probe;
 
     memset(&sun, 0, sizeof(sun));
-    if (getsockname(fd, (struct sockaddr *)&sun, &len) < 0 || sun.sun_family != AF_UNIX ||
-        !sun.sun_path[0])
+    if (getsockname(fd, (struct sockaddr *)&sun, &len) < 0 || sun.sun_family != AF_UNIX || !sun.sun_path[0])
         return;
     // Ours still? Once we stop listening, whoever took the path over answers, and nobody else does.
     shutdown(fd, SHUT_RDWR);
@@ -159,6 +155,5 @@ void nbd_listen_uri(int fd, char *uri, unsigned uri_bytes)
                          NI_NUMERICHOST | NI_NUMERICSERV))
         snprintf(uri, uri_bytes, "fd %d", fd);
     else
-        snprintf(uri, uri_bytes, ss.ss_family == AF_INET6 ? "nbd://[%s]:%s" : "nbd://%s:%s", host,
-                 port);
+        snprintf(uri, uri_bytes, ss.ss_family == AF_INET6 ? "nbd://[%s]:%s" : "nbd://%s:%s", host, port);
 }

@@ -22,8 +22,7 @@ static unsigned allowed_flags(uint16_t type, enum nbd_mode mode)
     }
 }
 
-static int request_check(const struct nbd_request *request, enum nbd_mode mode,
-                         bool has_meta_context)
+static int request_check(const struct nbd_request *request, enum nbd_mode mode, bool has_meta_context)
 {
     if (request->flags & ~allowed_flags(request->type, mode))
         return -EINVAL;
@@ -59,8 +58,7 @@ int nbd_request_parse(const uint8_t *head, enum nbd_mode mode, bool has_meta_con
     request->error = request_check(request, mode, has_meta_context);
     // A write without PAYLOAD_LEN breaks the rules of extended headers, yet cannot mean anything else.
     request->payload_bytes =
-        request->type == NBD_CMD_WRITE ||
-                (is_extended && (request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
+        request->type == NBD_CMD_WRITE || (is_extended && (request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
             ? request->len_bytes
             : 0;
     return 0;

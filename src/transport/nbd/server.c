@@ -173,8 +173,8 @@ static void client_send(struct nbd_client *client)
     client->iov = (struct iovec){.iov_base = handshake->out, .iov_len = handshake->out_len};
     client->msg = (struct msghdr){.msg_iov = &client->iov, .msg_iovlen = 1};
     handshake->out_len = 0;
-    client->io_op = (struct ring_op){
-        .done = client_sent, .code = RING_SENDMSG, .fd = client->fd, .msg = &client->msg};
+    client->io_op =
+        (struct ring_op){.done = client_sent, .code = RING_SENDMSG, .fd = client->fd, .msg = &client->msg};
     ring_queue(client->server->options.ring, &client->io_op);
 }
 
@@ -238,8 +238,8 @@ static int client_create(struct nbd_server *server, int fd)
     if (!client)
         return -ENOMEM;
     client->in = malloc(NBD_HANDSHAKE_IN_BYTES);
-    if (!client->in || nbd_handshake_begin(&client->handshake, server->options.devs,
-                                           server->options.nr_devs) < 0) {
+    if (!client->in ||
+        nbd_handshake_begin(&client->handshake, server->options.devs, server->options.nr_devs) < 0) {
         free(client->in);
         free(client);
         return -ENOMEM;
@@ -252,8 +252,8 @@ static int client_create(struct nbd_server *server, int fd)
         client->next->at = &client->next;
     server->clients = client;
     server->nr_clients++;
-    client->timer_op = (struct ring_op){
-        .done = client_timed_out, .code = RING_TIMEOUT, .timeout_ns = HANDSHAKE_TIMEOUT_NS};
+    client->timer_op =
+        (struct ring_op){.done = client_timed_out, .code = RING_TIMEOUT, .timeout_ns = HANDSHAKE_TIMEOUT_NS};
     client->is_timer_set = true;
     ring_queue(server->options.ring, &client->timer_op);
     client_send(client);
@@ -276,8 +276,8 @@ static void listener_pause_over(struct ring_op *op, int res)
 static void listener_pause(struct nbd_listener *listener)
 {
     listener->is_pausing = true;
-    listener->pause_op = (struct ring_op){
-        .done = listener_pause_over, .code = RING_TIMEOUT, .timeout_ns = ACCEPT_PAUSE_NS};
+    listener->pause_op =
+        (struct ring_op){.done = listener_pause_over, .code = RING_TIMEOUT, .timeout_ns = ACCEPT_PAUSE_NS};
     ring_queue(listener->server->options.ring, &listener->pause_op);
 }
 
@@ -315,8 +315,8 @@ static void listener_ready(struct ring_op *op, int res)
 
 static void listener_poll(struct nbd_listener *listener)
 {
-    listener->poll_op = (struct ring_op){
-        .done = listener_ready, .code = RING_POLL, .fd = listener->fd, .events = POLLIN};
+    listener->poll_op =
+        (struct ring_op){.done = listener_ready, .code = RING_POLL, .fd = listener->fd, .events = POLLIN};
     ring_queue(listener->server->options.ring, &listener->poll_op);
 }
 
@@ -355,15 +355,13 @@ static void nbd_destroy(struct transport *transport)
     free(server);
 }
 
-static int nbd_start(struct transport **transport, const struct transport_options *options,
-                     struct err *err)
+static int nbd_start(struct transport **transport, const struct transport_options *options, struct err *err)
 {
     struct nbd_server *server = calloc(1, sizeof(*server));
     unsigned nr_listeners = options->nr_addrs + options->nr_listen_fds, nr_open = 0;
     int *fds = calloc(nr_listeners, sizeof(*fds)), ret = 0;
 
-    if (!server || !fds ||
-        !(server->listeners = calloc(nr_listeners, sizeof(*server->listeners)))) {
+    if (!server || !fds || !(server->listeners = calloc(nr_listeners, sizeof(*server->listeners)))) {
         ret = err_set(err, -ENOMEM, "nbd: out of memory");
         goto out;
     }
@@ -409,8 +407,8 @@ static void stop_timed_out(struct ring_op *op, int res)
     }
 }
 
-static void nbd_stop(struct transport *transport,
-                     void (*stopped)(struct transport *transport, void *arg), void *arg)
+static void nbd_stop(struct transport *transport, void (*stopped)(struct transport *transport, void *arg),
+                     void *arg)
 {
     struct nbd_server *server = container_of(transport, struct nbd_server, transport);
 
@@ -431,8 +429,8 @@ static void nbd_stop(struct transport *transport,
         else
             shutdown(client->fd, SHUT_RDWR); // S3
     }
-    server->stop_timer_op = (struct ring_op){
-        .done = stop_timed_out, .code = RING_TIMEOUT, .timeout_ns = STOP_TIMEOUT_NS};
+    server->stop_timer_op =
+        (struct ring_op){.done = stop_timed_out, .code = RING_TIMEOUT, .timeout_ns = STOP_TIMEOUT_NS};
     server->is_stop_timer_set = true;
     ring_queue(server->options.ring, &server->stop_timer_op);
     server_check_stopped(server);
