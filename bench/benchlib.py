@@ -235,7 +235,7 @@ class Server:
 
     def said(self):
         self.log.seek(0)
-        return self.log.read().strip()[-300:]
+        return " ".join(self.log.read().split())[-300:] or "(silent)"
 
     def cpu_seconds(self):
         fields = get(f"/proc/{self.pid}/stat").rpartition(")")[2].split()
@@ -410,7 +410,7 @@ def fio(target, row, workdir, seconds, ramp, extra=()):
     talk, brace, rest = get(out).partition("{\n")
     jobs = json.loads(brace + rest)["jobs"] if brace else []
     if done.returncode or len(jobs) != 2 or any(j["error"] for j in jobs):
-        raise BenchError(f"fio: exit {done.returncode}: {(done.stdout + talk).strip()[-300:]}")
+        raise BenchError(f"fio: exit {done.returncode}: {' '.join((done.stdout + talk).split())[-300:]}")
     side = "write" if "write" in row.rw else "read"
     run, result = jobs[1], jobs[1][side]
     return {"argv": argv, "iops": result["iops"], "mbps": result["bw_bytes"] / 1e6, "requests": result["total_ios"],
