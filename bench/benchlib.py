@@ -129,6 +129,8 @@ def loop(file, direct):
     """The kernel's loop device. It falls back to buffered without a word, so the mode is read back."""
     device = call("losetup", "--find", "--show", f"--direct-io={'on' if direct else 'off'}", file)
     try:
+        # blockdev --setro outlives the attachment for which it was meant.
+        call("blockdev", "--setrw", device)
         if get(f"/sys/block/{os.path.basename(device)}/loop/dio").strip() != str(int(direct)):
             raise BenchError(f"{device}: the kernel refuses direct I/O on {file}")
         yield device
