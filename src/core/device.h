@@ -57,7 +57,7 @@ struct device {
 };
 
 // Opens the image and starts the queues. 0 or a negative errno with err set.
-int device_create(struct device **dev, const char *image_path, const struct device_options *options,
+int device_create(struct device **out, const char *image_path, const struct device_options *options,
                   struct err *err);
 
 // Ends the queues' threads. No transport uses the device any more. 0, or the error of a last flush.

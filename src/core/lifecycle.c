@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "core/device.h"
@@ -107,6 +108,8 @@ static void *queue_main(void *arg)
     struct queue_start *start = arg;
     struct queue *queue = start->queue;
     int ret = ring_create(start->ring_ops, &queue->ring, &start->err); // R1
+
+    prctl(PR_SET_TIMERSLACK, 1000); // ns: waits for a batch are short (ring/uring.c)
 
     start->ret = ret;
     if (!ret)

@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 
 #include "core/device.h"
 #include "core/flush.h"
@@ -112,33 +111,22 @@ static void buffered_other(struct io *io, struct rq *rq)
     rq_call_worker(rq, rq->op == REQ_OP_PREFETCH ? buffered_prefetch_work : zero_work, rq_work_done);
 }
 
-static int buffered_create(struct io **io, struct device *dev, const char *spec, struct err *err)
+static int buffered_init(struct io *io, const char *spec, struct err *err)
 {
-    struct buffered *buffered;
+    struct buffered *buffered = container_of(io, struct buffered, io);
 
-    (void)dev;
-    if (spec)
-        return err_set(err, -EINVAL, "--io: buffered takes no \":%s\"; leave it out", spec);
-    buffered = calloc(1, sizeof(*buffered));
-    if (!buffered)
-        return err_set(err, -ENOMEM, "--io: buffered: out of memory");
-    buffered->io.ops = &io_buffered_ops;
+    (void)spec;
+    (void)err;
     buffered->is_single = workers_max() == 1;
     writer_init(&buffered->writer);
-    *io = &buffered->io;
     return 0;
-}
-
-static void buffered_destroy(struct io *io)
-{
-    free(container_of(io, struct buffered, io));
 }
 
 const struct io_ops io_buffered_ops = {
     .name = "buffered",
     .is_stored = true,
-    .create = buffered_create,
-    .destroy = buffered_destroy,
+    .io_bytes = sizeof(struct buffered),
+    .init = buffered_init,
     .rw = buffered_rw,
     .flush = buffered_flush,
     .other = buffered_other,

@@ -9,7 +9,6 @@
 //      and from then on every write takes its range.
 
 #include <errno.h>
-#include <stdlib.h>
 
 #include "core/device.h"
 #include "core/queue.h"
@@ -116,8 +115,9 @@ const struct io_ops io_direct_ops = {
     .name = "direct",
     .is_stored = true,
     .wants_direct = direct_wants_direct,
-    .create = direct_create,
-    .destroy = direct_destroy,
+    .io_bytes = sizeof(struct direct),
+    .init = direct_init,
+    .exit = direct_exit,
     .rw = direct_rw,
     .flush = io_queue_fsync,
     .other = direct_other,

@@ -16,8 +16,8 @@ struct direct {
 };
 
 bool direct_wants_direct(const char *spec);
-int direct_create(struct io **io, struct device *dev, const char *spec, struct err *err);
-void direct_destroy(struct io *io);
+int direct_init(struct io *io, const char *spec, struct err *err);
+void direct_exit(struct io *io);
 
 // Takes [start, end) of the file for rq; locked() is called on the queue's thread, now or later.
 // Ranges that overlap exclude each other when one of them is exclusive. Queue's thread.

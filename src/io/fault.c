@@ -277,44 +277,32 @@ static bool fault_wants_direct(const char *spec)
     return !spec || !strstr(spec, "io=buffered");
 }
 
-static int fault_create(struct io **io, struct device *dev, const char *spec, struct err *err)
+static int fault_init(struct io *io, const char *spec, struct err *err)
 {
-    struct fault *fault = calloc(1, sizeof(*fault));
+    struct fault *fault = container_of(io, struct fault, io);
     char lower[16] = "direct";
     int ret;
 
-    if (!fault)
-        return err_set(err, -ENOMEM, "--io: fault: out of memory");
-    fault->io.ops = &io_fault_ops;
     atomic_init(&fault->state, 1);
     for (unsigned i = 0; i < REQ_OP_NR; i++)
         fault->chance[i].error_code = EIO;
     ret = fault_parse(fault, spec ? spec : "", lower, err);
-    if (ret < 0)
-        goto out_free;
-    ret = io_create(&fault->io.lower, dev, lower, err);
-    if (ret < 0)
-        goto out_free;
-    *io = &fault->io;
-    return 0;
-
-out_free:
-    free(fault);
-    return ret;
+    return ret < 0 ? ret : io_create(&io->lower, io->dev, lower, err);
 }
 
-static void fault_destroy(struct io *io)
+static void fault_exit(struct io *io)
 {
     io_destroy(io->lower);
-    free(container_of(io, struct fault, io));
 }
 
 const struct io_ops io_fault_ops = {
     .name = "fault",
     .is_stored = true,
     .wants_direct = fault_wants_direct,
-    .create = fault_create,
-    .destroy = fault_destroy,
+    .takes_spec = true,
+    .io_bytes = sizeof(struct fault),
+    .init = fault_init,
+    .exit = fault_exit,
     .rw = fault_submit,
     .flush = fault_submit,
     .other = fault_submit,

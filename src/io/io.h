@@ -3,6 +3,7 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "core/rq.h"
 #include "util/log.h"
@@ -12,14 +13,16 @@ struct io;
 
 struct io_ops {
     const char *name;
-    bool is_stored; // what is written stays somewhere
+    bool is_stored;  // what is written stays somewhere
+    bool takes_spec; // --io NAME:SPEC
     // Optional. Cold. Whether the image is to be opened with O_DIRECT where that can be.
     bool (*wants_direct)(const char *spec);
-    // Required. Cold. spec: what follows "name:" in --io, or NULL. The image is open. 0 or a negative
-    // errno with err set.
-    int (*create)(struct io **io, struct device *dev, const char *spec, struct err *err);
-    // Required. Cold; nothing is in flight.
-    void (*destroy)(struct io *io);
+    size_t io_bytes; // of the io's own struct, which begins with a struct io
+    // Optional. Cold. The struct is zeroed and its struct io is set; the image is open. spec: what
+    // follows "name:" in --io; without init none is taken. 0 or a negative errno with err set.
+    int (*init)(struct io *io, const char *spec, struct err *err);
+    // Optional. Cold; nothing is in flight.
+    void (*exit)(struct io *io);
     // Required, hot, queue's thread: moves rq's part at hand, or less of it, between rq->iov
     // (part_nr_iov vectors) and rq->ext. Ends with rq_part_done(), now or later.
     void (*rw)(struct io *io, struct rq *rq);

@@ -1,7 +1,7 @@
 // Which ios there are. Cold.
 
-#include <assert.h>
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/device.h"
@@ -48,15 +48,22 @@ int io_create(struct io **io, struct device *dev, const char *text, struct err *
         log_line("%s: its file system cannot do direct I/O; using --io buffered", dev->image.path);
         ops = &io_buffered_ops;
     }
-    ret = ops->create(io, dev, spec, err);
-    if (ret < 0)
-        return ret;
-    assert((*io)->ops == ops);
+    if (spec && !ops->takes_spec)
+        return err_set(err, -EINVAL, "--io: %s takes no \":%s\"; leave it out", ops->name, spec);
+    *io = calloc(1, ops->io_bytes);
+    if (!*io)
+        return err_set(err, -ENOMEM, "--io: %s: out of memory", ops->name);
+    (*io)->ops = ops;
     (*io)->dev = dev;
-    return 0;
+    ret = ops->init ? ops->init(*io, spec, err) : 0;
+    if (ret < 0)
+        free(*io);
+    return ret;
 }
 
 void io_destroy(struct io *io)
 {
-    io->ops->destroy(io);
+    if (io->ops->exit)
+        io->ops->exit(io);
+    free(io);
 }

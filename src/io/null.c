@@ -1,7 +1,5 @@
 // null: reads are zeroes, writes are forgotten. Measures the core and the transport alone.
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "core/queue.h"
@@ -30,28 +28,10 @@ static void null_other(struct io *io, struct rq *rq)
     rq_end(rq, 0);
 }
 
-static int null_create(struct io **io, struct device *dev, const char *spec, struct err *err)
-{
-    (void)dev;
-    if (spec)
-        return err_set(err, -EINVAL, "--io: null takes no \":%s\"; leave it out", spec);
-    *io = calloc(1, sizeof(**io));
-    if (!*io)
-        return err_set(err, -ENOMEM, "--io: null: out of memory");
-    (*io)->ops = &io_null_ops;
-    return 0;
-}
-
-static void null_destroy(struct io *io)
-{
-    free(io);
-}
-
 const struct io_ops io_null_ops = {
     .name = "null",
     .is_stored = false,
-    .create = null_create,
-    .destroy = null_destroy,
+    .io_bytes = sizeof(struct io),
     .rw = null_rw,
     .flush = null_flush,
     .other = null_other,

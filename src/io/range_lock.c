@@ -3,9 +3,6 @@
 //
 // Lock order: direct.lock is innermost. rq->lock belongs to whoever holds it.
 
-#include <errno.h>
-#include <stdlib.h>
-
 #include "core/queue.h"
 #include "io/direct.h"
 #include "util/util.h"
@@ -119,27 +116,18 @@ bool direct_wants_direct(const char *spec)
     return true;
 }
 
-int direct_create(struct io **io, struct device *dev, const char *spec, struct err *err)
-{
-    struct direct *direct;
-
-    (void)dev;
-    if (spec)
-        return err_set(err, -EINVAL, "--io: direct takes no \":%s\"; leave it out", spec);
-    direct = calloc(1, sizeof(*direct));
-    if (!direct)
-        return err_set(err, -ENOMEM, "--io: direct: out of memory");
-    direct->io.ops = &io_direct_ops;
-    direct->freeze.frozen = direct_frozen;
-    pthread_mutex_init(&direct->lock, NULL);
-    *io = &direct->io;
-    return 0;
-}
-
-void direct_destroy(struct io *io)
+int direct_init(struct io *io, const char *spec, struct err *err)
 {
     struct direct *direct = container_of(io, struct direct, io);
 
-    pthread_mutex_destroy(&direct->lock);
-    free(direct);
+    (void)spec;
+    (void)err;
+    direct->freeze.frozen = direct_frozen;
+    pthread_mutex_init(&direct->lock, NULL);
+    return 0;
+}
+
+void direct_exit(struct io *io)
+{
+    pthread_mutex_destroy(&container_of(io, struct direct, io)->lock);
 }

@@ -12,6 +12,7 @@ struct writer {
     _Atomic(struct rq *) head;
     struct ring_op op;   // the worker's job; in flight unless head is NULL
     struct queue *queue; // that has started it
+    struct ring_hook start_hook;
 };
 
 void writer_init(struct writer *writer);

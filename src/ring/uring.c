@@ -57,9 +57,11 @@ void uring_queue(struct ring *ring, struct ring_op *op)
     switch (op->code) {
     case RING_READ:
     case RING_WRITE:
+        uring->nr_io++;
         uring_prep_rw(sqe, op);
         break;
     case RING_FSYNC:
+        uring->nr_io++;
         io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);
         break;
     case RING_RECV:
@@ -86,23 +88,38 @@ void uring_arm_wake(struct uring *uring)
     uring_queue(&uring->ring, &uring->wake_op);
 }
 
+static int uring_wait_for(struct uring *uring, unsigned nr, uint64_t timeout_ns)
+{
+    struct __kernel_timespec ts = {.tv_sec = (int64_t)(timeout_ns / NSEC_PER_SEC),
+                                   .tv_nsec = (long long)(timeout_ns % NSEC_PER_SEC)};
+    struct io_uring_cqe *cqe;
+
+    if (timeout_ns == UINT64_MAX)
+        return io_uring_submit_and_wait(&uring->io, nr);
+    if (timeout_ns)
+        return io_uring_submit_and_wait_timeout(&uring->io, &cqe, nr, &ts, NULL);
+    return io_uring_submit_and_get_events(&uring->io);
+}
+
+static bool op_is_io(const struct ring_op *op)
+{
+    return op->code == RING_READ || op->code == RING_WRITE || op->code == RING_FSYNC;
+}
+
 int uring_wait(struct ring *ring, uint64_t timeout_ns)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
     struct io_uring_cqe *cqe;
-    unsigned head, nr_seen = 0;
+    unsigned head, nr_seen = 0, nr_batch = 0;
     int ret;
 
-    if (timeout_ns == UINT64_MAX) {
-        ret = io_uring_submit_and_wait(&uring->io, 1);
-    } else if (timeout_ns) {
-        struct __kernel_timespec ts = {.tv_sec = (int64_t)(timeout_ns / NSEC_PER_SEC),
-                                       .tv_nsec = (long long)(timeout_ns % NSEC_PER_SEC)};
-
-        ret = io_uring_submit_and_wait_timeout(&uring->io, &cqe, 1, &ts, NULL);
-    } else {
-        ret = io_uring_submit_and_get_events(&uring->io);
-    }
+    // One completion at a time would be a wake-up, a reply and a system call each.
+    if (!uring->is_late)
+        nr_batch = min_of(uring->nr_io / URING_BATCH_SHARE, URING_BATCH_MAX);
+    if (nr_batch > 1)
+        ret = uring_wait_for(uring, nr_batch, min_of(timeout_ns, URING_BATCH_NS));
+    else
+        ret = uring_wait_for(uring, 1, timeout_ns);
     // EINTR and ETIME are turns without news; EBUSY and EAGAIN ask to reap before more is submitted.
     if (ret < 0 && ret != -EINTR && ret != -ETIME && ret != -EBUSY && ret != -EAGAIN)
         return ret;
@@ -111,8 +128,11 @@ int uring_wait(struct ring *ring, uint64_t timeout_ns)
         struct ring_op *op = io_uring_cqe_get_data(cqe);
 
         nr_seen++;
+        if (op_is_io(op))
+            uring->nr_io--;
         op->done(op, cqe->res);
     }
     io_uring_cq_advance(&uring->io, nr_seen);
+    uring->is_late = !nr_seen;
     return 0;
 }

@@ -10,12 +10,20 @@
 #define URING_MAX_FDS 1024 // higher file descriptors are used unregistered
 #define URING_MAX_BUFS 16
 
+// Waiting for a batch: with that many I/Os in flight for each completion waited for, the disk keeps
+// enough to do meanwhile; and no longer than that.
+#define URING_BATCH_SHARE 4
+#define URING_BATCH_MAX 16
+#define URING_BATCH_NS 50000
+
 struct uring {
     struct ring ring;
     struct io_uring io;
     struct ring_op wake_op; // reads wake_fd
     struct iovec wake_iov;
     uint64_t wake_count;
+    unsigned nr_io; // READ, WRITE and FSYNC in flight: completions that will come soon
+    bool is_late;   // the last wait for a batch brought nothing
     bool has_files, has_buffers;
     bool is_fd_fixed[URING_MAX_FDS]; // fd is registered, in the slot of the same number
     bool is_buf_used[URING_MAX_BUFS];

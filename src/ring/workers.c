@@ -14,7 +14,7 @@ static struct {
     pthread_cond_t work;
     struct ring_op *head, *tail;
     pthread_t *threads;
-    unsigned nr_threads, nr_idle, max_threads;
+    unsigned nr_queued, nr_threads, nr_idle, max_threads;
     bool is_stopping;
 } workers = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -99,6 +99,7 @@ static void *worker_main(void *arg)
         if (!op)
             break;
         workers.head = op->next;
+        workers.nr_queued--;
         pthread_mutex_unlock(&workers.lock);
         ring_post(op->ring, op, worker_run(op));
         pthread_mutex_lock(&workers.lock);
@@ -132,7 +133,8 @@ static void workers_grow(void)
 void workers_submit(struct ring_op *op)
 {
     pthread_mutex_lock(&workers.lock);
-    if (!workers.nr_idle && workers.nr_threads < workers.max_threads)
+    // Those that were woken for earlier ones still count as idle.
+    if (workers.nr_idle <= workers.nr_queued && workers.nr_threads < workers.max_threads)
         workers_grow();
     if (!workers.nr_threads) {
         // Not even one thread can be had: the caller is told by way of its ring.
@@ -146,6 +148,7 @@ void workers_submit(struct ring_op *op)
     else
         workers.head = op;
     workers.tail = op;
+    workers.nr_queued++;
     pthread_cond_signal(&workers.work);
     pthread_mutex_unlock(&workers.lock);
 }
