@@ -24,7 +24,7 @@
 static const char serve_help[] =
     "usage: bight serve [OPTIONS] IMAGE... --nbd ADDR\n"
     "\n"
-    "Serves IMAGE (a raw file or a block device) in the foreground, until SIGTERM or SIGINT.\n"
+    "Serves IMAGE (a raw file or a block device) in the foreground, until SIGTERM, SIGINT or SIGHUP.\n"
     "Several images are several NBD exports, by name; the first is also the default one.\n"
     "\n"
     "  --nbd ADDR           listen on unix:PATH or HOST:PORT; may be repeated\n"
@@ -105,7 +105,7 @@ struct serve {
 static int parse_size(const char *option, const char *text, uint64_t *bytes, struct err *err)
 {
     if (util_parse_size(text, bytes) < 0)
-        return err_set(err, -EINVAL, "--%s: %s: no size; use digits with K, M, G or T", option, text);
+        return err_usage(err, "--%s: %s: no size; use digits with K, M, G or T", option, text);
     return 0;
 }
 
@@ -114,7 +114,7 @@ static int parse_count(const char *option, const char *text, unsigned max, unsig
     unsigned long n;
 
     if (util_parse_uint(text, 1, max, &n) < 0)
-        return err_set(err, -EINVAL, "--%s: %s: out of range; use 1 to %u", option, text, max);
+        return err_usage(err, "--%s: %s: out of range; use 1 to %u", option, text, max);
     *count = (unsigned)n;
     return 0;
 }
@@ -124,7 +124,7 @@ static int parse_block_size(const char *text, uint32_t *bytes, struct err *err)
     uint64_t n;
 
     if (util_parse_size(text, &n) < 0 || n < 512 || n > 4096 || !is_power_of_2(n))
-        return err_set(err, -EINVAL, "--block-size: %s: use 512, 1024, 2048 or 4096", text);
+        return err_usage(err, "--block-size: %s: use 512, 1024, 2048 or 4096", text);
     *bytes = (uint32_t)n;
     return 0;
 }
@@ -139,8 +139,9 @@ static int serve_option(struct serve *serve, int option, const char *arg, struct
         return 0;
     case OPT_NAME:
         serve->names[serve->nr_names++] = arg;
-        if (strlen(arg) > DEVICE_NAME_MAX)
-            return err_set(err, -EINVAL, "--name: longer than %u bytes; use a shorter one", DEVICE_NAME_MAX);
+        if (!*arg || strlen(arg) > DEVICE_NAME_MAX)
+            return err_usage(err, "--name: %s: use 1 to %u bytes", *arg ? "too long" : "empty",
+                             DEVICE_NAME_MAX);
         return 0;
     case OPT_READ_ONLY:
         device->image.is_read_only = true;
@@ -159,7 +160,7 @@ static int serve_option(struct serve *serve, int option, const char *arg, struct
         return parse_block_size(arg, &device->block_bytes, err);
     case OPT_FORMAT:
         if (strcmp(arg, "raw"))
-            return err_set(err, -EINVAL, "--format: %s: not known; use raw", arg);
+            return err_usage(err, "--format: %s: not known; use raw", arg);
         device->image.is_format_raw = true;
         return 0;
     case OPT_QUEUES:
@@ -190,10 +191,12 @@ static int serve_parse(struct serve *serve, int argc, char **argv, struct err *e
     while ((option = getopt_long(argc, argv, ":vh", serve_options, NULL)) != -1) {
         if (option == 'h')
             return 1;
+        if (option == '?' && optopt)
+            return err_usage(err, "-%c: no such option; see bight serve --help", optopt);
         if (option == '?')
-            return err_set(err, -EINVAL, "%s: no such option; see bight serve --help", argv[optind - 1]);
+            return err_usage(err, "%s: no such option; see bight serve --help", argv[optind - 1]);
         if (option == ':')
-            return err_set(err, -EINVAL, "%s: needs a value; see bight serve --help", argv[optind - 1]);
+            return err_usage(err, "%s: needs a value; see bight serve --help", argv[optind - 1]);
         ret = serve_option(serve, option, optarg, err);
         if (ret < 0)
             return ret;
@@ -201,9 +204,9 @@ static int serve_parse(struct serve *serve, int argc, char **argv, struct err *e
     for (; optind < argc; optind++)
         serve->images[serve->nr_images++] = argv[optind];
     if (!serve->nr_images)
-        return err_set(err, -EINVAL, "no IMAGE is named; see bight serve --help");
+        return err_usage(err, "no IMAGE is named; see bight serve --help");
     if (serve->nr_names > serve->nr_images)
-        return err_set(err, -EINVAL, "--name: more names than images; give one for each IMAGE");
+        return err_usage(err, "--name: more names than images; give one for each IMAGE");
     return 0;
 }
 
@@ -221,8 +224,8 @@ static int serve_check_names(const struct serve *serve, struct err *err)
     for (unsigned i = 0; i < serve->nr_images; i++) {
         for (unsigned j = 0; j < i; j++) {
             if (!strcmp(serve_name(serve, i), serve_name(serve, j)))
-                return err_set(err, -EINVAL, "%s: two exports would be called %s; use --name for each",
-                               serve->images[i], serve_name(serve, i));
+                return err_usage(err, "%s: two exports would be called %s; use --name for each",
+                                 serve->images[i], serve_name(serve, i));
         }
     }
     return 0;
@@ -265,6 +268,7 @@ static int serve_catch_signals(struct serve *serve, struct err *err)
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP); // the terminal has gone: what is cached must not go with it
     sigaddset(&set, SIGUSR1);
     sigprocmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
@@ -339,7 +343,7 @@ static int serve_run(struct serve *serve, struct err *err)
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
     if (!serve->nr_addrs && !nr_listen_fds)
-        return err_set(err, -EINVAL, "no transport is named; use --nbd unix:PATH or HOST:PORT");
+        return err_usage(err, "no transport is named; use --nbd unix:PATH or HOST:PORT");
     workers_set_max(serve->nr_workers);
     serve->device.ring = ring_choose(serve->ring_name, err);
     if (!serve->device.ring)
@@ -399,7 +403,7 @@ static int serve_main(int argc, char **argv)
         .max_connections = 1000,
         .nr_workers = 16,
     };
-    struct err err = {""};
+    struct err err = {.line = ""};
     int status = CLI_ERROR, ret;
 
     serve.addrs = calloc((size_t)argc, sizeof(*serve.addrs));
@@ -426,7 +430,7 @@ static int serve_main(int argc, char **argv)
     ret = serve_run(&serve, &err);
     if (ret < 0 && err.line[0])
         log_line("%s", err.line);
-    status = ret < 0 ? CLI_ERROR : CLI_OK;
+    status = err.is_usage ? CLI_USAGE : ret < 0 ? CLI_ERROR : CLI_OK;
 out:
     free(serve.addrs);
     free(serve.names);

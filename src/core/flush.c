@@ -33,6 +33,16 @@ void flush_failed(struct device *dev, int error)
     atomic_compare_exchange_strong(&dev->flush_error, &none, error);
 }
 
+// The kernel does not say whether it was the write or its fsync. Direct: what is full says so before
+// anything is synced. Buffered: the pages of earlier writes may be the ones that found no space.
+void flush_write_failed(const struct rq *rq, int error)
+{
+    struct device *dev = rq->queue->dev;
+
+    if (flush_rw_flags(rq) && (error == -EIO || !dev->image.is_direct))
+        flush_failed(dev, error); // F2
+}
+
 static void flush_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);

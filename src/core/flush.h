@@ -40,3 +40,6 @@ int flush_rw_flags(const struct rq *rq);
 // An fsync, or a write that implied one, failed with error (< 0): the kernel has told that once and
 // will not again, so every FLUSH from now on fails. Any thread.
 void flush_failed(struct device *dev, int error);
+
+// A write of rq failed with error: with FUA, that may have been its fsync. Any thread.
+void flush_write_failed(const struct rq *rq, int error);

@@ -1,5 +1,5 @@
 // A request: what a transport asks of a device. It lives in a tag set (tags.h), goes down through
-// queue -> map -> io -> ring, and comes back by way of rq_complete() exactly once.
+// queue -> map -> io -> ring, and comes back by way of rq_end() exactly once.
 #pragma once
 
 #include <stdint.h>

@@ -5,10 +5,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "util/util.h"
@@ -204,18 +206,46 @@ static void image_align(struct image *image)
     struct statx stx;
     int sector_bytes = 0;
 
-    image->dio_offset_align = image->dio_mem_align = 1;
+    image->sector_bytes = image->dio_offset_align = image->dio_mem_align = 1;
+    if (image->is_block_device)
+        image->sector_bytes =
+            !ioctl(image->fd, BLKSSZGET, &sector_bytes) && is_power_of_2((uint64_t)sector_bytes)
+                ? (uint32_t)sector_bytes
+                : 4096;
     if (!image->is_direct)
         return;
-    image->dio_offset_align = image->dio_mem_align = 4096;
-    if (!statx(image->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) && (stx.stx_mask & STATX_DIOALIGN) &&
-        is_power_of_2(stx.stx_dio_offset_align) && is_power_of_2(stx.stx_dio_mem_align)) {
+    image->dio_offset_align = image->dio_mem_align = image->is_block_device ? image->sector_bytes : 4096;
+    if (statx(image->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) < 0 || !(stx.stx_mask & STATX_DIOALIGN))
+        return;
+    if (!stx.stx_dio_offset_align) {
+        image->is_direct = false; // this file cannot, though its file system may
+    } else if (is_power_of_2(stx.stx_dio_offset_align) && is_power_of_2(stx.stx_dio_mem_align)) {
         image->dio_offset_align = stx.stx_dio_offset_align;
         image->dio_mem_align = stx.stx_dio_mem_align;
-    } else if (image->is_block_device && !ioctl(image->fd, BLKSSZGET, &sector_bytes) &&
-               is_power_of_2((uint64_t)sector_bytes)) {
-        image->dio_offset_align = image->dio_mem_align = (uint32_t)sector_bytes;
     }
+}
+
+// tmpfs takes O_DIRECT and does buffered I/O all the same.
+static bool image_ignores_direct(const struct image *image)
+{
+    struct statfs fs;
+
+    return !image->is_block_device && !fstatfs(image->fd, &fs) &&
+           (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+}
+
+static void image_check_direct(struct image *image)
+{
+    int flags = fcntl(image->fd, F_GETFL);
+
+    if (image->is_direct && image_ignores_direct(image))
+        image->is_direct = false;
+    image_align(image);
+    if (!image->is_direct) {
+        image->dio_offset_align = image->dio_mem_align = 1;
+        fcntl(image->fd, F_SETFL, flags & ~O_DIRECT);
+    }
+    image->is_sync = flags & O_DSYNC; // O_SYNC includes it
 }
 
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err)
@@ -231,7 +261,7 @@ int image_open(struct image *image, const char *path, const struct image_options
         goto out;
     ret = image_lock(image->fd, options->is_read_only);
     if (ret == -EAGAIN) {
-        err_set(err, ret, "%s: another process (bight or QEMU) has it open for writing%s", path,
+        err_set(err, ret, "%s: somebody (bight or QEMU, this process too) has it open for writing%s", path,
                 options->is_read_only ? "; detach it there first"
                                       : ", or for reading; detach it there first");
         goto out;
@@ -244,7 +274,7 @@ int image_open(struct image *image, const char *path, const struct image_options
     ret = image_check_format(image, options, err);
     if (ret < 0)
         goto out;
-    image_align(image);
+    image_check_direct(image);
     if (image->is_direct && !options->is_read_only && image->file_bytes % image->dio_offset_align) {
         image->buffered_fd = open(path, O_RDWR | O_CLOEXEC);
         if (image->buffered_fd < 0) {

@@ -12,7 +12,6 @@ struct image_options {
     bool is_format_raw; // said by the user: what the first bytes look like does not matter
     uint64_t offset_bytes;
     uint64_t size_limit_bytes; // 0: none
-    uint32_t block_bytes;      // the size is rounded down to a multiple; 1: any
 };
 
 struct image {
@@ -21,13 +20,14 @@ struct image {
     int buffered_fd; // direct only: for the last, partial block of a file; -1 otherwise
     bool is_read_only;
     bool is_direct;
-    bool is_sync; // opened with O_SYNC or O_DSYNC: no volatile cache
+    bool is_sync; // fd has O_SYNC or O_DSYNC: no volatile cache
     bool is_block_device;
     uint64_t offset_bytes;     // where the device begins in the image
     uint64_t size_bytes;       // of the device: what lies between the offset and the limit or the end
     uint64_t file_bytes;       // of the whole image
     uint32_t dio_offset_align; // direct: offsets and lengths; a power of two; 1 when buffered
     uint32_t dio_mem_align;    // direct: memory; 1 when buffered
+    uint32_t sector_bytes;     // of a block device: what it takes whole; 1: a file
 };
 
 // 0, or a negative errno with err set. Takes the image's locks.

@@ -153,8 +153,8 @@ int bounce_work(struct rq *rq)
         ret = bounce_read(&dev->image, rq->ext.offset_bytes, len, rq->iov);
     } else {
         ret = bounce_write(&dev->image, rq->ext.offset_bytes, len, rq->iov, flush_rw_flags(rq));
-        if (ret == -EIO && flush_rw_flags(rq))
-            flush_failed(dev, ret); // F2
+        if (ret < 0)
+            flush_write_failed(rq, ret);
     }
     return ret < 0 ? ret : (int)len;
 }

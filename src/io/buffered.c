@@ -25,8 +25,8 @@
 
 struct buffered {
     struct io io;
-    bool is_single;                  // U3
-    atomic_bool cannot_write_nowait; // the file system has none; latched
+    bool is_single;                                      // U3
+    atomic_bool cannot_read_nowait, cannot_write_nowait; // the file system has none; latched
     struct writer writer;
 };
 
@@ -42,12 +42,15 @@ static int buffered_try_nowait(const struct ring_op *op)
     return n < 0 ? -errno : (int)n;
 }
 
-static void buffered_read(struct rq *rq)
+static void buffered_read(struct buffered *buffered, struct rq *rq)
 {
     int res = -EAGAIN;
 
-    if (rq_part_bytes(rq) <= NOWAIT_MAX_BYTES)
+    if (rq_part_bytes(rq) <= NOWAIT_MAX_BYTES &&
+        !atomic_load_explicit(&buffered->cannot_read_nowait, memory_order_relaxed))
         res = buffered_try_nowait(&rq->ring_op); // U1
+    if (res == -EOPNOTSUPP)
+        atomic_store(&buffered->cannot_read_nowait, true);
     if (res > 0)
         rq_part_done(rq, res);
     else // 0 as well: the end of the file is looked for where it may block
@@ -78,7 +81,7 @@ static void buffered_rw(struct io *io, struct rq *rq)
     if (buffered->is_single)
         workers_submit(&rq->ring_op);
     else if (rq->op == REQ_OP_READ)
-        buffered_read(rq);
+        buffered_read(buffered, rq);
     else
         buffered_write(buffered, rq);
 }
@@ -101,6 +104,8 @@ static int buffered_prefetch_work(struct rq *rq)
 {
     const struct image *image = &rq->queue->dev->image;
 
+    if (!rq->len_bytes) // would mean the rest of the file
+        return 0;
     return -posix_fadvise(image->fd, (off_t)(image->offset_bytes + rq->offset_bytes), (off_t)rq->len_bytes,
                           POSIX_FADV_WILLNEED);
 }

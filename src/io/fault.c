@@ -9,7 +9,7 @@
 //   OP.delay=P:MS            waits before it goes on
 //   read.short=P write.short=P   moves a part only: the core has to go on with the rest
 //   write.torn=P             writes a part only, and fails with EIO
-// OP: read, write, flush, discard, write_zeroes, or any; P: 0 to 1.
+// OP: read, write, flush, discard, write_zeroes, or any (prefetch too); P: 0 to 1.
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -265,8 +265,8 @@ static int fault_parse(struct fault *fault, const char *spec, char *lower, struc
             *value++ = '\0';
         ret = value ? parse_pair(fault, pair, value, lower) : -EINVAL;
         if (ret < 0)
-            err_set(err, ret, "--io: fault: %s%s%s: not understood; see FAULTS in bight-serve(1)", pair,
-                    value ? "=" : "", value ? value : "");
+            err_usage(err, "--io: fault: %s%s%s: not understood; see FAULTS in bight-serve(1)", pair,
+                      value ? "=" : "", value ? value : "");
     }
     free(copy);
     return ret;

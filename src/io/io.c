@@ -38,9 +38,8 @@ void io_rw_done(struct ring_op *op, int res)
         workers_submit(op);
         return;
     }
-    // With FUA the error may be that of an fsync, which the kernel tells only once (F2).
-    if (res == -EIO && op->code == RING_WRITE && op->rw_flags)
-        flush_failed(rq->queue->dev, res);
+    if (res < 0 && op->code == RING_WRITE)
+        flush_write_failed(rq, res);
     rq_part_done(rq, res);
 }
 

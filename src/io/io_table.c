@@ -43,13 +43,13 @@ int io_create(struct io **io, struct device *dev, const char *text, struct err *
     int ret;
 
     if (!ops)
-        return err_set(err, -EINVAL, "--io: %s: no such io; use direct, buffered, null or fault:SPEC", text);
+        return err_usage(err, "--io: %s: no such io; use direct, buffered, null or fault:SPEC", text);
     if (ops == &io_direct_ops && !dev->image.is_direct) {
         log_line("%s: its file system cannot do direct I/O; using --io buffered", dev->image.path);
         ops = &io_buffered_ops;
     }
     if (spec && !ops->takes_spec)
-        return err_set(err, -EINVAL, "--io: %s takes no \":%s\"; leave it out", ops->name, spec);
+        return err_usage(err, "--io: %s takes no \":%s\"; leave it out", ops->name, spec);
     *io = calloc(1, ops->io_bytes);
     if (!*io)
         return err_set(err, -ENOMEM, "--io: %s: out of memory", ops->name);

@@ -25,8 +25,11 @@
 #include "io/io.h"
 #include "util/util.h"
 
-static bool cannot(int error)
+// EINVAL is not latched: it may be for this range only.
+static bool cannot(int error, atomic_bool *latch)
 {
+    if (error == -EOPNOTSUPP || error == -ENOTTY)
+        atomic_store(latch, true);
     return error == -EOPNOTSUPP || error == -ENOTTY || error == -EINVAL;
 }
 
@@ -48,15 +51,13 @@ static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset
 
     if (!(rq->flags & RQ_NOUNMAP) && !atomic_load(&io->cannot_punch)) {
         ret = do_fallocate(image, FALLOC_FL_PUNCH_HOLE, offset, len);
-        if (!cannot(ret))
+        if (!cannot(ret, &io->cannot_punch))
             return ret;
-        atomic_store(&io->cannot_punch, true);
     }
     if (!atomic_load(&io->cannot_zero_range) && !(image->is_block_device && (rq->flags & RQ_FAST_ZERO))) {
         ret = do_fallocate(image, FALLOC_FL_ZERO_RANGE, offset, len);
-        if (!cannot(ret))
+        if (!cannot(ret, &io->cannot_zero_range))
             return ret;
-        atomic_store(&io->cannot_zero_range, true);
     }
     return -EOPNOTSUPP;
 }
@@ -65,7 +66,7 @@ static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset
 static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset, uint64_t len)
 {
     const struct image *image = &io->dev->image;
-    uint64_t align = image->is_block_device ? image->dio_offset_align : 1;
+    uint64_t align = image->sector_bytes;
     uint64_t end = offset + len, first = round_up(offset, align), last = round_down(end, align);
     int rw_flags = flush_rw_flags(rq), ret = -EOPNOTSUPP;
 
@@ -86,7 +87,7 @@ static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset
 static int zero_discard(struct io *io, uint64_t offset, uint64_t len)
 {
     const struct image *image = &io->dev->image;
-    uint64_t align = max_of(image->dio_offset_align, 512U);
+    uint64_t align = max_of(image->dio_offset_align, image->sector_bytes);
     uint64_t first = round_up(offset, align), last = round_down(offset + len, align);
     uint64_t range[2] = {first, last - first};
     int ret;
@@ -97,10 +98,7 @@ static int zero_discard(struct io *io, uint64_t offset, uint64_t len)
         ret = ioctl(image->fd, BLKDISCARD, range) < 0 ? -errno : 0;
     else
         ret = do_fallocate(image, FALLOC_FL_PUNCH_HOLE, first, last - first);
-    if (!cannot(ret))
-        return ret;
-    atomic_store(&io->cannot_discard, true);
-    return 0;
+    return cannot(ret, &io->cannot_discard) ? 0 : ret;
 }
 
 int zero_work(struct rq *rq)

@@ -16,7 +16,7 @@ const struct map_ops *map_find(const char *name, struct err *err)
         if (!strcmp(name, map_table[i]->name))
             return map_table[i];
     }
-    err_set(err, -EINVAL, "--map: %s: no such map; use linear", name);
+    err_usage(err, "--map: %s: no such map; use linear", name);
     return NULL;
 }
 

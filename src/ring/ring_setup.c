@@ -33,7 +33,7 @@ const struct ring_ops *ring_choose(const char *name, struct err *err)
         log_verbose("ring: %s; trying the next kind", err->line);
     }
     if (!is_auto)
-        err_set(err, -EINVAL, "--ring: %s: no such ring; use auto, uring or threads", name);
+        err_usage(err, "--ring: %s: no such ring; use auto, uring or threads", name);
     return NULL;
 }
 

@@ -99,18 +99,18 @@ static int threads_try_socket(struct ring_op *op)
     return errno == EINTR ? -EAGAIN : -errno;
 }
 
-static void threads_try(struct threads *threads, struct ring_op *op)
+// true: op is done.
+static bool threads_try(struct threads *threads, struct ring_op *op)
 {
     int res = threads_try_socket(op);
 
-    if (res == -EAGAIN)
+    if (res == -EAGAIN) {
         res = threads_park(threads, op);
-    else if (res >= 0) {
-        op->done(op, res);
-        return;
+        if (!res)
+            return false;
     }
-    if (res < 0)
-        op->done(op, res);
+    op->done(op, res);
+    return true;
 }
 
 static void threads_queue(struct ring *ring, struct ring_op *op)
@@ -130,16 +130,19 @@ static void threads_queue(struct ring *ring, struct ring_op *op)
     }
 }
 
-static void threads_try_ready(struct threads *threads)
+// true: something is done.
+static bool threads_try_ready(struct threads *threads)
 {
     struct ring_op *op = threads->ready, *next;
+    bool is_any_done = false;
 
     threads->ready = NULL;
     threads->ready_tail = &threads->ready;
     for (; op; op = next) {
         next = op->next; // R3
-        threads_try(threads, op);
+        is_any_done |= threads_try(threads, op);
     }
+    return is_any_done;
 }
 
 static void threads_dispatch(struct threads *threads, const struct epoll_event *event)
@@ -169,8 +172,7 @@ static int threads_wait(struct ring *ring, uint64_t timeout_ns)
     struct epoll_event events[64];
     int timeout_ms, n;
 
-    threads_try_ready(threads);
-    if (threads->ready || ring->hooks)
+    if (threads_try_ready(threads) || threads->ready || ring->hooks)
         timeout_ms = 0;
     else if (timeout_ns == UINT64_MAX)
         timeout_ms = -1;

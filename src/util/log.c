@@ -1,5 +1,6 @@
 #include "util/log.h"
 
+#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -42,4 +43,15 @@ int err_set(struct err *err, int code, const char *fmt, ...)
     vsnprintf(err->line, sizeof(err->line), fmt, ap);
     va_end(ap);
     return code;
+}
+
+int err_usage(struct err *err, const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    vsnprintf(err->line, sizeof(err->line), fmt, ap);
+    va_end(ap);
+    err->is_usage = true;
+    return -EINVAL;
 }

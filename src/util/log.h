@@ -15,7 +15,11 @@ void log_verbose(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 // mistake is seen, printed by whoever answers to the user.
 struct err {
     char line[512];
+    bool is_usage; // the command line is wrong, whatever the machine: exit status 2
 };
 
 // Writes the line and returns code, a negative errno: "return err_set(err, -EINVAL, ...)".
 int err_set(struct err *err, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+// The same for a wrong command line. Returns -EINVAL.
+int err_usage(struct err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -33,8 +33,8 @@ static inline int is_power_of_2(uint64_t n)
 // Monotonic time in nanoseconds.
 uint64_t util_now_ns(void);
 
-// A size such as "512", "64K", "1.5G" is not taken: digits, then at most one of K, M, G, T (1024-based).
-// 0 or -EINVAL, -ERANGE.
+// A size: digits, then at most one of K, M, G, T (1024-based; either case). What off_t cannot hold is
+// -ERANGE, everything else -EINVAL. 0 when it is one.
 int util_parse_size(const char *text, uint64_t *bytes);
 
 // A decimal number in [min, max]. 0, -EINVAL or -ERANGE.

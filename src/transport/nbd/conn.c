@@ -36,6 +36,16 @@ static void conn_unref(struct nbd_conn *conn)
         ring_post(conn->main_ring, &conn->closed_op, 0);
 }
 
+// TCP answers a close with unread bytes by a reset, and the peer may lose the last replies to that.
+static void conn_drain(struct nbd_conn *conn)
+{
+    if (conn->is_broken)
+        return;
+    shutdown(conn->fd, SHUT_WR);
+    for (unsigned i = 0; i < 16 && recv(conn->fd, conn->rx_buf, NBD_RX_BYTES, MSG_DONTWAIT) > 0; i++)
+        ;
+}
+
 // Nothing of conn may be touched after this.
 static void conn_close_if_over(struct nbd_conn *conn)
 {
@@ -44,6 +54,7 @@ static void conn_close_if_over(struct nbd_conn *conn)
         return;
     ring_remove_buf(conn->queue->ring, conn->buf_index);
     ring_remove_fd(conn->queue->ring, conn->fd);
+    conn_drain(conn);
     close(conn->fd);
     conn->fd = -1;
     conn_unref(conn);

@@ -46,8 +46,8 @@ static int listen_unix(const char *path, struct err *err)
     int fd, ret;
 
     if (!*path || strlen(path) >= sizeof(sun.sun_path))
-        return err_set(err, -ENAMETOOLONG, "--nbd: unix:%s: a path of 1 to %zu bytes is needed", path,
-                       sizeof(sun.sun_path) - 1);
+        return err_usage(err, "--nbd: unix:%s: a path of 1 to %zu bytes is needed", path,
+                         sizeof(sun.sun_path) - 1);
     strcpy(sun.sun_path, path);
     ret = listen_clear_path(&sun, err);
     if (ret < 0)
@@ -85,11 +85,13 @@ static int listen_tcp(const char *addr, struct err *err)
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found, *ai;
     const char *colon = strrchr(addr, ':'), *host = addr;
     size_t host_len = colon ? (size_t)(colon - addr) : 0;
+    unsigned long port;
     char name[256];
     int ret;
 
-    if (!colon || !colon[1] || host_len >= sizeof(name))
-        return err_set(err, -EINVAL, "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
+    // getaddrinfo() would take a number that is too large modulo 65,536.
+    if (!colon || host_len >= sizeof(name) || util_parse_uint(colon + 1, 0, 65535, &port) < 0)
+        return err_usage(err, "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
     if (host_len >= 2 && host[0] == '[' && host[host_len - 1] == ']') {
         host++;
         host_len -= 2;
@@ -98,7 +100,7 @@ static int listen_tcp(const char *addr, struct err *err)
     name[host_len] = '\0';
     ret = getaddrinfo(host_len ? name : NULL, colon + 1, &hints, &found);
     if (ret)
-        return err_set(err, -EINVAL, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr, gai_strerror(ret));
+        return err_usage(err, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr, gai_strerror(ret));
     // Without a host, "::" takes IPv4 as well: the families are tried in that order.
     ret = -EADDRNOTAVAIL;
     for (ai = found; ai && ret < 0; ai = ai->ai_next) {
@@ -140,8 +142,23 @@ void nbd_unlisten(int fd)
     close(probe);
 }
 
+// RFC 3986, section 2.1.
+static void percent_encode(const char *text, char *to, size_t to_bytes)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/";
+
+    for (; *text && to_bytes > 4; text++) {
+        int n = snprintf(to, to_bytes, strchr(plain, *text) ? "%c" : "%%%02X", (unsigned char)*text);
+
+        to += n;
+        to_bytes -= (size_t)n;
+    }
+    *to = '\0';
+}
+
 void nbd_listen_uri(int fd, char *uri, unsigned uri_bytes)
 {
+    char path[3 * sizeof(((struct sockaddr_un *)0)->sun_path) + 4];
     struct sockaddr_storage ss;
     socklen_t len = sizeof(ss);
     char host[NI_MAXHOST], port[NI_MAXSERV];
@@ -149,10 +166,11 @@ void nbd_listen_uri(int fd, char *uri, unsigned uri_bytes)
     memset(&ss, 0, sizeof(ss));
     if (getsockname(fd, (struct sockaddr *)&ss, &len) < 0)
         snprintf(uri, uri_bytes, "fd %d", fd);
-    else if (ss.ss_family == AF_UNIX)
-        snprintf(uri, uri_bytes, "nbd+unix:///?socket=%s", ((struct sockaddr_un *)&ss)->sun_path);
-    else if (getnameinfo((struct sockaddr *)&ss, len, host, sizeof(host), port, sizeof(port),
-                         NI_NUMERICHOST | NI_NUMERICSERV))
+    else if (ss.ss_family == AF_UNIX) {
+        percent_encode(((struct sockaddr_un *)&ss)->sun_path, path, sizeof(path));
+        snprintf(uri, uri_bytes, "nbd+unix:///?socket=%s", path);
+    } else if (getnameinfo((struct sockaddr *)&ss, len, host, sizeof(host), port, sizeof(port),
+                           NI_NUMERICHOST | NI_NUMERICSERV))
         snprintf(uri, uri_bytes, "fd %d", fd);
     else
         snprintf(uri, uri_bytes, ss.ss_family == AF_INET6 ? "nbd://[%s]:%s" : "nbd://%s:%s", host, port);
