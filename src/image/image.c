@@ -146,6 +146,7 @@ static int image_open_fd(struct image *image, const struct image_options *option
     int flags = (options->is_read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
     struct stat st;
     const char *remedy;
+    int is_ro;
 
     if (stat(image->path, &st) < 0)
         return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
@@ -164,6 +165,9 @@ static int image_open_fd(struct image *image, const struct image_options *option
         image->fd = open(image->path, flags);
     if (image->fd >= 0) {
         fcntl(image->fd, F_SETFL, fcntl(image->fd, F_GETFL) & ~O_NONBLOCK);
+        // Root may open it for writing all the same, and gets EPERM for every write.
+        if (image->is_block_device && !options->is_read_only && !ioctl(image->fd, BLKROGET, &is_ro) && is_ro)
+            return err_set(err, -EROFS, "%s: the device is read-only; use --read-only", image->path);
         return 0;
     }
     switch (errno) {

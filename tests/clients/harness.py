@@ -165,7 +165,7 @@ def allocated(path):
 
 
 @contextlib.contextmanager
-def loop_device(size, sector=512, backing=None):
+def loop_device(size, sector=512, backing=None, options=()):
     """A loop device on a file in memory. Skips where there can be none."""
     if os.geteuid():
         raise unittest.SkipTest("loop devices need root")
@@ -177,7 +177,7 @@ def loop_device(size, sector=512, backing=None):
             stack.callback(os.unlink, path)
             os.truncate(path, size)
         for attempt in range(5):  # another process may take the device that was found
-            found = run("losetup", "--find", "--show", "--sector-size", sector, path, status=None)
+            found = run("losetup", "--find", "--show", "--sector-size", sector, *options, path, status=None)
             if found.returncode == 0:
                 break
             time.sleep(0.1 * attempt)
