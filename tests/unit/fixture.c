@@ -67,9 +67,9 @@ static void frq_done(struct rq *rq)
 {
     struct fixture_rq *frq = container_of(rq, struct fixture_rq, rq);
 
+    if (frq->again && frq->again(frq))
+        return;
     atomic_fetch_add(&frq->nr_done, 1);
-    if (frq->on_done)
-        frq->on_done(frq);
     sem_post(&frq->sem);
 }
 

@@ -43,7 +43,8 @@ struct fixture_rq {
     struct iovec iov[8];
     sem_t sem;
     atomic_int nr_done;
-    void (*on_done)(struct fixture_rq *frq); // optional, on the queue's thread
+    // Optional, on the queue's thread. true: it has been submitted again, and is not done yet.
+    bool (*again)(struct fixture_rq *frq);
 };
 
 // Fills in a request of one vector (buf may be NULL for what has no data).
