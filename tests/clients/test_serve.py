@@ -449,7 +449,7 @@ class Sockets(ServeCase):
                         "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:-1", "[::1:10809", "256.1.1.1:0",
                         "host.invalid:0", "", "192.0.2.1:0", "tcp:localhost:0"):
             with self.subTest(address=address):
-                done = run(BIGHT, "serve", self.image_path, "--nbd", address, status=None)
+                done = run(BIGHT, "serve", self.image_path, "--nbd", address, status=None, timeout=20)
                 self.assertIn(done.returncode, (1, 2))
                 self.assertRegex(done.stderr, r"\Abight: [^\n]+\n\Z")
 

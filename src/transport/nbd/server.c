@@ -28,6 +28,7 @@
 // After accept() failed for want of file descriptors or memory.
 #define ACCEPT_PAUSE_NS (NSEC_PER_SEC / 10)
 #define ACCEPT_BATCH 32
+#define UNIX_SNDBUF_BYTES (512 * 1024)
 
 struct nbd_server;
 
@@ -281,6 +282,19 @@ static void listener_pause(struct nbd_listener *listener)
     ring_queue(listener->server->options.ring, &listener->pause_op);
 }
 
+// TCP sizes its buffers by itself. A unix socket's default is less than what replies to one batch take,
+// and each time it is full costs a sleep and a wake-up.
+static void tune_unix_socket(int fd)
+{
+    int domain, sndbuf_bytes = UNIX_SNDBUF_BYTES;
+    socklen_t len = sizeof(domain);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) < 0 || domain != AF_UNIX)
+        return;
+    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf_bytes, sizeof(sndbuf_bytes)) < 0) // root only
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &sndbuf_bytes, sizeof(sndbuf_bytes));
+}
+
 // false: no more now.
 static bool listener_accept(struct nbd_listener *listener)
 {
@@ -291,6 +305,7 @@ static bool listener_accept(struct nbd_listener *listener)
         return errno == EINTR || errno == ECONNABORTED;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)); // fails on unix sockets: no harm
     setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+    tune_unix_socket(fd);
     if (server->nr_clients >= server->options.max_connections || client_create(server, fd) < 0)
         close(fd);
     return true;
