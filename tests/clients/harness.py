@@ -141,6 +141,7 @@ def rings():
 
 # Images and file systems
 
+@functools.lru_cache(maxsize=16)
 def pattern(size, seed=0):
     """Bytes that differ at every offset and hold no zero, so that a lost or moved byte shows."""
     unit = random.Random(seed).randbytes(65521).replace(b"\0", b"\1")
@@ -198,8 +199,11 @@ def mounted(source, kind, options=""):
             raise unittest.SkipTest(f"cannot mount {kind}: {done.stderr.strip()}")
 
         def unmount():
-            if run("umount", point, status=None).returncode:
-                run("umount", "--lazy", point, status=None)
+            for _ in range(100):  # the kernel may hold a file of a killed process a little longer
+                if run("umount", point, status=None).returncode == 0:
+                    return
+                time.sleep(0.05)
+            run("umount", "--lazy", point, status=None)
 
         stack.callback(unmount)
         yield point
