@@ -106,19 +106,38 @@ static bool op_is_io(const struct ring_op *op)
     return op->code == RING_READ || op->code == RING_WRITE || op->code == RING_FSYNC;
 }
 
+// When all that came is done and more is due, being woken by each single completion or request would
+// cost them (in this thread and, on a socket, in the client) more than the work that they bring. The
+// kernel lets them gather without waking us. 0: no reason to wait, nothing was submitted.
+static int uring_wait_for_batch(struct uring *uring, uint64_t timeout_ns)
+{
+    unsigned nr_ios = min_of(uring->nr_io / URING_BATCH_SHARE, URING_BATCH_MAX);
+    unsigned nr_answered = uring->ring.nr_answered;
+    int ret;
+
+    uring->ring.nr_answered = 0;
+    if (uring->is_late || (nr_ios < 2 && nr_answered < URING_BATCH_SHARE))
+        return 0;
+    ret = uring_wait_for(uring, 0, 0);
+    if (ret < 0 || io_uring_cq_ready(&uring->io))
+        return ret < 0 ? ret : 1;
+    if (nr_ios < 2) {
+        nr_ios = URING_BATCH_MAX;
+        timeout_ns = min_of(timeout_ns, (uint64_t)nr_answered * URING_REQUEST_NS);
+    }
+    ret = uring_wait_for(uring, nr_ios, min_of(timeout_ns, URING_BATCH_NS));
+    return ret ? ret : 1;
+}
+
 int uring_wait(struct ring *ring, uint64_t timeout_ns)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
     struct io_uring_cqe *cqe;
-    unsigned head, nr_seen = 0, nr_batch = 0;
+    unsigned head, nr_seen = 0;
     int ret;
 
-    // One completion at a time would be a wake-up, a reply and a system call each.
-    if (!uring->is_late)
-        nr_batch = min_of(uring->nr_io / URING_BATCH_SHARE, URING_BATCH_MAX);
-    if (nr_batch > 1)
-        ret = uring_wait_for(uring, nr_batch, min_of(timeout_ns, URING_BATCH_NS));
-    else
+    ret = uring_wait_for_batch(uring, timeout_ns);
+    if (!ret)
         ret = uring_wait_for(uring, 1, timeout_ns);
     // EINTR and ETIME are turns without news; EBUSY and EAGAIN ask to reap before more is submitted.
     if (ret < 0 && ret != -EINTR && ret != -ETIME && ret != -EBUSY && ret != -EAGAIN)

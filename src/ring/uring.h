@@ -10,11 +10,13 @@
 #define URING_MAX_FDS 1024 // higher file descriptors are used unregistered
 #define URING_MAX_BUFS 16
 
-// Waiting for a batch: with that many I/Os in flight for each completion waited for, the disk keeps
-// enough to do meanwhile; and no longer than that.
+// Waiting for a batch (uring.c): never longer than that,
+#define URING_BATCH_NS 50000
+// for I/O: a quarter of what is in flight, so that the disk keeps enough to do meanwhile;
 #define URING_BATCH_SHARE 4
 #define URING_BATCH_MAX 16
-#define URING_BATCH_NS 50000
+// for requests: about what a client needs to send as many new ones as it got answers.
+#define URING_REQUEST_NS 3000
 
 struct uring {
     struct ring ring;

@@ -253,6 +253,7 @@ static void conn_send_replies(struct ring_hook *hook)
         nrq->next = NULL;
         *sending_tail = nrq;
         sending_tail = &nrq->next;
+        conn->queue->ring->nr_answered++;
     }
     if (!conn->replies)
         conn->replies_tail = &conn->replies;
