@@ -20,6 +20,8 @@ static void session_closed(struct ring_op *op, int res)
     struct session *session = (struct session *)conn->client; // which is server.c's elsewhere
 
     (void)res;
+    if (session->is_closed)
+        abort();
     session->is_closed = true;
 }
 
