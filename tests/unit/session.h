@@ -18,7 +18,7 @@ struct session {
     struct wire in;         // all that has come back
 };
 
-// early: what came behind the handshake. false: no memory, or no sockets.
+// early: what came behind the handshake (not NULL). false: no memory, or no sockets.
 bool session_begin(struct session *session, struct ring *main_ring, struct device *dev, enum nbd_mode mode,
                    bool has_meta_context, const void *early, size_t early_len);
 

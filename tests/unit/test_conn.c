@@ -42,7 +42,7 @@ static void end(struct server *server)
 // Into the session itself: its address is what it is known by.
 static void connect_to(struct server *server, struct session *session, enum nbd_mode mode)
 {
-    assert_true(session_begin(session, server->ring, server->fixture.dev, mode, true, NULL, 0));
+    assert_true(session_begin(session, server->ring, server->fixture.dev, mode, true, "", 0));
 }
 
 // Sends the stream in pieces, and checks all replies.

@@ -479,7 +479,7 @@ static void errors_are_negative_errnos(void **state)
     int fd = open("/dev/null", O_RDONLY), full = open("/dev/full", O_WRONLY), dir = open("/", O_RDONLY),
         pipe_fds[2];
     char buf[4096];
-    struct tracked tracked = {.op = {.code = RING_FSYNC, .fd = -1}};
+    struct tracked tracked = {.op = {.code = RING_FSYNC, .fd = 900}};
 
     assert_int_equal(pipe(pipe_fds), 0);
     assert_int_equal(do_rw(ring, RING_WRITE, fd, buf, 1, 0), -EBADF);
