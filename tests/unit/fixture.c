@@ -40,7 +40,7 @@ struct fixture fixture_create(const struct fixture_options *options)
         .block_bytes = options->block_bytes,
         .image = options->image,
     };
-    struct fixture fixture;
+    struct fixture fixture = {.is_stopped = false};
     struct err err = {""};
 
     workers_set_max(options->nr_workers ? options->nr_workers : 16);
@@ -52,15 +52,21 @@ struct fixture fixture_create(const struct fixture_options *options)
     return fixture;
 }
 
+void fixture_stop(struct fixture *fixture)
+{
+    fixture->stop_error = device_stop(fixture->dev);
+    workers_stop();
+    fixture->is_stopped = true;
+}
+
 int fixture_destroy(struct fixture *fixture)
 {
-    int ret = device_stop(fixture->dev);
-
-    workers_stop();
+    if (!fixture->is_stopped)
+        fixture_stop(fixture);
     device_destroy(fixture->dev);
     unlink(fixture->path);
     rmdir(fixture->dir);
-    return ret;
+    return fixture->stop_error;
 }
 
 static void frq_done(struct rq *rq)

@@ -21,12 +21,17 @@ struct fixture_options {
 struct fixture {
     char dir[64], path[80];
     struct device *dev;
+    bool is_stopped;
+    int stop_error; // what device_stop() returned
 };
 
 // Fails the test when the device cannot be created.
 struct fixture fixture_create(const struct fixture_options *options);
 
-// device_stop(), workers_stop(), device_destroy(). What device_stop() returned.
+// device_stop() and workers_stop(), for what is to be looked at or put back behind them.
+void fixture_stop(struct fixture *fixture);
+
+// The rest, and that before it if need be. What device_stop() returned.
 int fixture_destroy(struct fixture *fixture);
 
 // A directory for scratch files, on a file system that can do direct I/O where there is one.

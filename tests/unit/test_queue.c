@@ -161,6 +161,7 @@ static struct fixture setup(void **state, unsigned nr_queues)
 
 static void teardown(struct fixture *fixture)
 {
+    fixture_stop(fixture);
     assert_int_equal(atomic_load(&mem.nr_wrong), 0);
     fixture->dev->io = mem.real;
     fixture_destroy(fixture);
