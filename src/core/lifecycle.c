@@ -125,6 +125,9 @@ static void *queue_main(void *arg)
             abort(); // requests in flight could not be answered any more
         }
     }
+    // The kernel takes a ring apart after the process has ended: what is still registered would stay
+    // open until then, and a file system busy.
+    ring_remove_fd(queue->ring, queue->dev->image.fd);
     return NULL;
 }
 

@@ -88,11 +88,9 @@ def info_data(export="", infos=()):
 
 
 def meta_data(export, queries):
-    name = export.encode()
-    data = struct.pack(">I", len(name)) + name + struct.pack(">I", len(queries))
-    for query in queries:
-        data += struct.pack(">I", len(query.encode())) + query.encode()
-    return data
+    strings = [query.encode() for query in queries]
+    return struct.pack(">I", len(export.encode())) + export.encode() + struct.pack(">I", len(strings)) + b"".join(
+        struct.pack(">I", len(string)) + string for string in strings)
 
 
 def request_bytes(command, offset=0, length=0, flags=0, cookie=0, data=b"", extended=False, magic=None):
