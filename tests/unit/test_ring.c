@@ -534,9 +534,9 @@ static void a_number_that_is_used_again_means_the_new_file(void **state)
 {
     struct ring *ring = make_ring(state);
 
-    for (char i = 'a'; i < 'f'; i++) {
+    for (int i = 'a'; i < 'f'; i++) {
         int fd = scratch_file();
-        char c = i;
+        char c = (char)i;
 
         ring_add_fd(ring, fd);
         assert_int_equal(do_rw(ring, RING_WRITE, fd, &c, 1, 0), 1);

@@ -75,7 +75,7 @@ static void the_tag_used_last_is_given_out_first(void **state)
 static void check_resume(unsigned depth)
 {
     struct tags tags;
-    struct rq *rqs[64];
+    struct rq *rqs[64] = {NULL};
     unsigned nr_free = 0;
 
     assert_int_equal(tags_create(&tags, depth, sizeof(struct rq)), 0);
