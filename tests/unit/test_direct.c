@@ -252,6 +252,34 @@ static void many_on_all_queues_never_clash_and_all_come_to_an_end(void **state)
     fixture_destroy(&fixture);
 }
 
+// D2: no write takes its range as long as none is unaligned; from then on every one does.
+static void aligned_writes_take_their_range_once_there_was_an_unaligned_one(void **state)
+{
+    struct fixture fixture = setup(state, MiB, 2);
+    const struct direct *direct = container_of(fixture.dev->io, struct direct, io);
+    char *buf = aligned_alloc(4096, 4096);
+    struct fixture_rq frq;
+    struct holder holder;
+
+    memset(buf, 1, 4096);
+    assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE, 0, 4096, buf, 4096), 0);
+    assert_int_equal(fixture_do(fixture.dev, REQ_OP_READ, 0, 1, buf, 100), 0);
+    assert_false(direct->is_locking);
+    assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE, 0, 1, buf, 100), 0);
+    assert_true(direct->is_locking);
+    lock(fixture.dev, 1, &holder, 0, 8192, true);
+    fixture_rq_init(&frq, REQ_OP_WRITE, 0, 4096, buf, 4096);
+    fixture_submit(&fixture.dev->queues[0], &frq);
+    usleep(20000);
+    assert_int_equal(atomic_load(&frq.nr_done), 0);
+    assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE, 0, 8192, buf, 4096), 0); // elsewhere
+    assert_int_equal(fixture_do(fixture.dev, REQ_OP_READ, 0, 0, buf, 4096), 0);     // reads exclude nobody
+    unlock(fixture.dev, &holder);
+    assert_int_equal(fixture_wait(&frq), 0);
+    free(buf);
+    fixture_destroy(&fixture);
+}
+
 // ---- Reads and writes at any offset
 
 static uint64_t file_size(const char *path)
@@ -421,6 +449,7 @@ int main(void)
         cmocka_unit_test(who_waits_is_not_overtaken),
         cmocka_unit_test(one_unlock_lets_all_go_on_who_can),
         cmocka_unit_test(many_on_all_queues_never_clash_and_all_come_to_an_end),
+        cmocka_unit_test(aligned_writes_take_their_range_once_there_was_an_unaligned_one),
         cmocka_unit_test(unaligned_reads_and_writes_hit_the_bytes_they_name),
         cmocka_unit_test(files_whose_size_is_no_multiple_of_the_block_never_grow),
         cmocka_unit_test(a_scatter_list_off_the_alignment_is_served),
