@@ -6,6 +6,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -98,7 +99,7 @@ static void queue_stop(struct ring_op *op, int res)
 struct queue_start {
     struct queue *queue;
     const struct ring_ops *ring_ops;
-    pthread_barrier_t barrier;
+    sem_t started;
     int ret;
     struct err err;
 };
@@ -114,7 +115,7 @@ static void *queue_main(void *arg)
     start->ret = ret;
     if (!ret)
         ring_add_fd(queue->ring, queue->dev->image.fd);
-    pthread_barrier_wait(&start->barrier); // start is gone after this
+    sem_post(&start->started); // start is gone after this
     if (ret < 0)
         return NULL;
     while (!queue->is_stopping || queue->nr_inflight) {
@@ -142,7 +143,7 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
     queue->freeze_op.done = queue_freeze;
     queue->unfreeze_op.done = queue_unfreeze;
     queue->stop_op.done = queue_stop;
-    pthread_barrier_init(&start.barrier, NULL, 2);
+    sem_init(&start.started, 0, 0);
     sigfillset(&all); // signals are for the main thread
     pthread_sigmask(SIG_SETMASK, &all, &old);
     ret = -pthread_create(&queue->thread, NULL, queue_main, &start);
@@ -151,14 +152,15 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
         err_set(err, ret, "%s: starting a thread: %s; use fewer --queues", dev->name, strerror(-ret));
         goto out;
     }
-    pthread_barrier_wait(&start.barrier);
+    while (sem_wait(&start.started) < 0)
+        ; // EINTR
     ret = start.ret;
     if (ret < 0) {
         pthread_join(queue->thread, NULL);
         *err = start.err;
     }
 out:
-    pthread_barrier_destroy(&start.barrier);
+    sem_destroy(&start.started);
     return ret;
 }
 
