@@ -150,17 +150,37 @@ class PowerCuts(Case):
         data[M // 2:M // 2 + 4 * K] = bytes(4 * K)
         self.check(actions, {0: bytes(data), 3 * M + 17: harness.pattern(5000), 3 * M: bytes(17)})
 
-    def test_fua(self):
+    # each with nothing after it that would flush it too
+
+    def test_fua_writes(self):
         def actions(client):
             client.write(0, harness.pattern(M), raw.FUA)
-            client.write(3 * M + 17, harness.pattern(5000), raw.FUA)
-            client.expect(0, raw.WRITE_ZEROES, M // 2, 4 * K, raw.FUA)
-            client.expect(0, raw.WRITE_ZEROES, M // 4, 4 * K, raw.FUA | raw.NO_HOLE)
+            client.write(3 * M, harness.pattern(64 * K), raw.FUA)
 
-        data = bytearray(harness.pattern(M))
-        for at in (M // 2, M // 4):
-            data[at:at + 4 * K] = bytes(4 * K)
-        self.check(actions, {0: bytes(data), 3 * M + 17: harness.pattern(5000), 3 * M: bytes(17)})
+        self.check(actions, {0: harness.pattern(M), 3 * M: harness.pattern(64 * K), M: bytes(2 * M)})
+
+    def test_an_unaligned_fua_write(self):
+        def actions(client):
+            client.write(3 * M + 17, harness.pattern(5000), raw.FUA)
+
+        self.check(actions, {3 * M: bytes(17) + harness.pattern(5000) + bytes(1000)})
+
+    def test_fua_write_zeroes(self):
+        for flags in (0, raw.NO_HOLE):
+            def actions(client):
+                client.write(0, harness.pattern(M))
+                client.flush()
+                client.expect(0, raw.WRITE_ZEROES, M // 2, 4 * K, raw.FUA | flags)
+
+            self.check(actions, {0: harness.pattern(M)[:M // 2] + bytes(4 * K) + harness.pattern(M)[M // 2 + 4 * K:]})
+
+    def test_unaligned_fua_write_zeroes(self):
+        def actions(client):
+            client.write(0, harness.pattern(M))
+            client.flush()
+            client.expect(0, raw.WRITE_ZEROES, 1000, 100, raw.FUA)
+
+        self.check(actions, {0: harness.pattern(M)[:1000] + bytes(100) + harness.pattern(M)[1100:]})
 
     def test_a_flush_covers_other_connections(self):
         """What multi-conn promises."""

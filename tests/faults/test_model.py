@@ -5,6 +5,7 @@ Operations in flight together do not overlap (what overlapping ones leave is any
 blocks all the time. BIGHT_SEED repeats the choice of operations; their interleaving is the server's.
 """
 import contextlib
+import itertools
 import os
 import random
 import select
@@ -345,6 +346,30 @@ class Neighbours(unittest.TestCase):
         """Aligned for a small sector, a part of a large one; with whole blocks before and behind."""
         self.each(lambda _: [(0, 4096), *((4096 + 512 * number, 512) for number in range(8)), (8192, 4196), (12388, 3996)],
                   100)
+
+    def test_small_writes_within_large_ones(self):
+        """Where two overlap either may win, but outside of the small one only the large one's bytes are right."""
+        block, large, small = 4 * K, self.AREA, [(100, 50), (4095, 2), (6000, 1000), (12288, 512), (self.AREA - 3, 3)]
+        for what, path in self.each_image():
+            for ring, io, number in itertools.product(harness.rings(), IOS, range(rounds(4))):
+                with self.subTest(what=what, ring=ring, io=io):
+                    if not path.startswith("/dev/"):
+                        harness.write_file(path, size=M)
+                    # a new server each time: the first unaligned write of all is a special case
+                    with Server(path, ring=ring, io=io, args=["--queues", "4"]) as server:
+                        clients = [self.enterContext(server.connect()) for _ in range(4)]
+                        for value in range(1, 30):
+                            cookies = [(clients[at // block % 4], at) for at in range(0, large, block)]
+                            cookies = [(c, c.issue(raw.WRITE, at, data=bytes([value]) * block)) for c, at in cookies]
+                            cookies += [(c, c.issue(raw.WRITE, offset, data=bytes([value + 100]) * length))
+                                        for c, (offset, length) in zip(clients * 2, small[number % 5:] or small)]
+                            for client, cookie in cookies:
+                                self.assertEqual(client.wait(cookie).error, 0)
+                            found = clients[0].read(0, large)
+                            for offset, length in small:
+                                self.assertLessEqual(set(found[offset:offset + length]), {value, value + 100})
+                                found = found[:offset] + bytes([value]) * length + found[offset + length:]
+                            self.assertEqual(set(found), {value}, "bytes of an earlier round are back")
 
     def test_with_slow_io(self):
         """A delay between the reading and the writing of a block is where bytes get lost."""
