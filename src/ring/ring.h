@@ -92,7 +92,7 @@ struct ring_ops {
 
 struct ring {
     const struct ring_ops *ops;
-    unsigned nr_answered; // requests, in this turn, by the transport: as many new ones may follow at once
+    unsigned nr_answered;   // requests, in this turn, by the transport: as many new ones may follow at once
     uint64_t now_ns;        // time of the last wake-up: good enough for latencies, free to read
     int wake_fd;            // eventfd: the inbox has something
     struct ring_op *timers; // sorted by time
