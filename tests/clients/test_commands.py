@@ -340,6 +340,13 @@ class Structured(Commands):
             answer = client.expect(0, raw.READ, offset, length, raw.DF)
             self.assertEqual(answer.data, self.shadow[offset:offset + length])
 
+    def test_zeroes_travel_as_holes(self):
+        self.client.expect(0, raw.WRITE_ZEROES, M, 2 * M)
+        answer = self.client.expect(0, raw.READ, 0, 4 * M)
+        holes = sum(length for kind, _, length in answer.chunks if kind == raw.REPLY_HOLE)
+        self.assertEqual(holes, 2 * M)
+        self.assertEqual(answer.data, self.shadow[:M] + bytes(2 * M) + self.shadow[3 * M:4 * M])
+
     def test_fua_is_accepted_on_every_command(self):
         client = self.client
         for command in KNOWN_FLAGS:
