@@ -4,11 +4,14 @@
 #include <liburing.h>
 
 #include "ring/ring.h"
+#include "util/util.h"
 
 #define URING_SQ_ENTRIES 512
 #define URING_CQ_ENTRIES 4096
 #define URING_MAX_FDS 1024 // higher file descriptors are used unregistered
-#define URING_MAX_BUFS 16
+#define URING_MAX_BUFS 4
+#define URING_MAX_BUF_BYTES (2 * MiB) // registered memory is pinned, touched or not
+#define URING_MEMLOCK_SHARE 16        // of RLIMIT_MEMLOCK for one ring: the user has more of them
 
 // Waiting for a batch (uring.c): never longer than that,
 #define URING_BATCH_NS 50000
@@ -27,8 +30,9 @@ struct uring {
     unsigned nr_io; // READ, WRITE and FSYNC in flight: completions that will come soon
     bool is_late;   // the last wait for a batch brought nothing
     bool has_files, has_buffers;
-    bool is_fd_fixed[URING_MAX_FDS]; // fd is registered, in the slot of the same number
-    bool is_buf_used[URING_MAX_BUFS];
+    bool is_fd_fixed[URING_MAX_FDS];  // fd is registered, in the slot of the same number
+    size_t buf_bytes[URING_MAX_BUFS]; // 0: the slot is free
+    size_t buf_bytes_left;            // that may still be registered
     char mode[128];
 };
 

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "ring/uring.h"
@@ -70,15 +71,18 @@ static int uring_add_buf(struct ring *ring, void *buf, size_t len_bytes)
     struct iovec iov = {.iov_base = buf, .iov_len = len_bytes};
     __u64 tag = 0;
 
-    if (!uring->has_buffers)
+    if (len_bytes > uring->buf_bytes_left)
         return -1;
     for (int i = 0; i < URING_MAX_BUFS; i++) {
-        if (uring->is_buf_used[i])
+        if (uring->buf_bytes[i])
             continue;
-        // Fails where RLIMIT_MEMLOCK is small: unregistered memory does as well, a bit slower.
-        if (io_uring_register_buffers_update_tag(&uring->io, (unsigned)i, &iov, &tag, 1) != 1)
+        if (io_uring_register_buffers_update_tag(&uring->io, (unsigned)i, &iov, &tag, 1) != 1) {
+            // RLIMIT_MEMLOCK, most likely. The attempt has touched all of buf: once is enough.
+            uring->buf_bytes_left = 0;
             return -1;
-        uring->is_buf_used[i] = true;
+        }
+        uring->buf_bytes[i] = len_bytes;
+        uring->buf_bytes_left -= len_bytes;
         return i;
     }
     return -1;
@@ -91,7 +95,18 @@ static void uring_remove_buf(struct ring *ring, int buf_index)
     __u64 tag = 0;
 
     io_uring_register_buffers_update_tag(&uring->io, (unsigned)buf_index, &none, &tag, 1);
-    uring->is_buf_used[buf_index] = false;
+    uring->buf_bytes_left += uring->buf_bytes[buf_index];
+    uring->buf_bytes[buf_index] = 0;
+}
+
+// What a ring may register.
+static size_t uring_buf_bytes(void)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_MEMLOCK, &limit) < 0 || limit.rlim_cur == RLIM_INFINITY)
+        return URING_MAX_BUF_BYTES;
+    return min_of(URING_MAX_BUF_BYTES, limit.rlim_cur / URING_MEMLOCK_SHARE);
 }
 
 static int uring_create(struct ring **ring, struct err *err)
@@ -115,6 +130,7 @@ static int uring_create(struct ring **ring, struct err *err)
     }
     uring->has_files = !io_uring_register_files_sparse(&uring->io, URING_MAX_FDS);
     uring->has_buffers = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS);
+    uring->buf_bytes_left = uring->has_buffers ? uring_buf_bytes() : 0;
     io_uring_register_ring_fd(&uring->io); // saves a look-up per enter; an error costs nothing
     snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode, uring->has_files ? ", registered files" : "",
              uring->has_buffers ? ", registered buffers" : "");

@@ -19,10 +19,10 @@
 #define NBD_RX_BYTES (256 * 1024)
 // Memory for the data of all requests in flight: the largest one, and more for small ones.
 #define NBD_ARENA_BYTES (48 * 1024 * 1024)
-#define NBD_FIXED_BYTES (1024 * 1024) // of that, registered with the ring
-#define NBD_STATUS_BYTES (64 * 1024)  // BLOCK_STATUS: struct extents, then the reply made of them
-#define NBD_TX_MAX_CHUNKS 256         // reply headers in one sendmsg
-#define NBD_HOLE_BYTES (32 * 1024)    // granularity in which READ looks for zeroes
+#define NBD_FIXED_BYTES (512 * 1024) // of that, registered with the ring
+#define NBD_STATUS_BYTES (64 * 1024) // BLOCK_STATUS: struct extents, then the reply made of them
+#define NBD_TX_MAX_CHUNKS 256        // reply headers in one sendmsg
+#define NBD_HOLE_BYTES (32 * 1024)   // granularity in which READ looks for zeroes
 
 struct nbd_conn;
 struct nbd_client;
