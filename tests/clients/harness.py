@@ -76,6 +76,7 @@ def _undo_all():
 
 
 def _interrupted(number, _frame):
+    signal.signal(number, signal.SIG_IGN)  # the undoing is not to be interrupted
     raise KeyboardInterrupt(f"signal {number}")  # the one exception that unittest does not swallow
 
 
