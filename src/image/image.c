@@ -24,8 +24,10 @@ enum {
 };
 #define LOCK_PERM_BASE 100
 #define LOCK_SHARED_BASE 200
-#define LOCK_TRIES 10
-#define LOCK_PAUSE_US 30000
+// A server that was killed keeps its locks, and its claim to a block device, until the kernel has taken
+// its ring apart: they are waited for a moment.
+#define HOLDER_TRIES 10
+#define HOLDER_PAUSE_US 30000
 
 static int lock_byte(int fd, int command, short type, off_t at)
 {
@@ -72,13 +74,12 @@ int image_lock(int fd, bool is_read_only)
 {
     int ret;
 
-    // A holder that was killed keeps its locks until the kernel has taken its ring apart.
-    for (unsigned i = 0; i < LOCK_TRIES; i++) {
+    for (unsigned i = 0; i < HOLDER_TRIES; i++) {
         ret = lock_all(fd, is_read_only);
         if (ret != -EAGAIN && ret != -EACCES)
             return ret;
         image_unlock(fd);
-        usleep(LOCK_PAUSE_US);
+        usleep(HOLDER_PAUSE_US);
     }
     return -EAGAIN;
 }
@@ -157,12 +158,15 @@ static int image_open_fd(struct image *image, const struct image_options *option
     image->is_block_device = S_ISBLK(st.st_mode);
     if (image->is_block_device && !options->is_read_only)
         flags |= O_EXCL; // refused while it is mounted or otherwise claimed
-    if (options->want_direct) {
-        image->fd = open(image->path, flags | O_DIRECT);
-        image->is_direct = image->fd >= 0;
+    for (unsigned i = 0; i < HOLDER_TRIES; i++) {
+        image->fd = open(image->path, options->want_direct ? flags | O_DIRECT : flags);
+        image->is_direct = options->want_direct && image->fd >= 0;
+        if (image->fd < 0 && options->want_direct && errno == EINVAL)
+            image->fd = open(image->path, flags);
+        if (image->fd >= 0 || errno != EBUSY)
+            break;
+        usleep(HOLDER_PAUSE_US);
     }
-    if (image->fd < 0 && (!options->want_direct || errno == EINVAL))
-        image->fd = open(image->path, flags);
     if (image->fd >= 0) {
         fcntl(image->fd, F_SETFL, fcntl(image->fd, F_GETFL) & ~O_NONBLOCK);
         // Root may open it for writing all the same, and gets EPERM for every write.
