@@ -12,7 +12,10 @@
 #include "core/queue.h"
 #include "util/util.h"
 
-#define PATIENCE_MS 10000
+// Waits are made of short ones: an idle CPU of a virtual machine has been seen to miss a wake-up of the
+// kernel's own (while memory was being registered) until its next timer.
+#define SLICE_MS 100
+#define NR_SLICES 300
 
 static void session_closed(struct ring_op *op, int res)
 {
@@ -59,17 +62,29 @@ static int session_take(struct session *session)
     return n < 0 && (errno == EAGAIN || errno == EINTR) ? 0 : -1;
 }
 
+// The events that came, 0: none in all that time.
+static int session_wait(const struct session *session, short events)
+{
+    struct pollfd pfd = {.fd = session->fd, .events = events};
+
+    for (unsigned i = 0; i < NR_SLICES; i++) {
+        if (poll(&pfd, 1, SLICE_MS) > 0)
+            return pfd.revents;
+    }
+    return 0;
+}
+
 bool session_send(struct session *session, const void *bytes, size_t len)
 {
     const char *at = bytes;
 
     while (len) {
-        struct pollfd pfd = {.fd = session->fd, .events = POLLIN | POLLOUT};
+        int events = session_wait(session, POLLIN | POLLOUT);
         ssize_t n;
 
-        if (poll(&pfd, 1, PATIENCE_MS) <= 0)
+        if (!events)
             return false;
-        if (pfd.revents & POLLIN && session_take(session) < 0)
+        if (events & POLLIN && session_take(session) < 0)
             return true;
         n = send(session->fd, at, len, MSG_NOSIGNAL);
         if (n < 0 && errno != EAGAIN && errno != EINTR)
@@ -83,9 +98,7 @@ bool session_send(struct session *session, const void *bytes, size_t len)
 bool session_receive(struct session *session, size_t len)
 {
     while (session->in.len < len) {
-        struct pollfd pfd = {.fd = session->fd, .events = POLLIN};
-
-        if (poll(&pfd, 1, PATIENCE_MS) <= 0 || session_take(session) < 0)
+        if (!session_wait(session, POLLIN) || session_take(session) < 0)
             return false;
     }
     return true;
@@ -93,40 +106,46 @@ bool session_receive(struct session *session, size_t len)
 
 bool session_finish(struct session *session)
 {
-    struct pollfd pfd = {.fd = session->fd, .events = POLLIN};
     int ret;
 
     shutdown(session->fd, SHUT_WR);
     do {
-        if (poll(&pfd, 1, PATIENCE_MS) <= 0)
+        if (!session_wait(session, POLLIN))
             return false;
         ret = session_take(session);
     } while (ret >= 0);
     return true;
 }
 
-static void session_too_late(struct ring_op *op, int res)
+struct patience {
+    struct ring_op op;
+    unsigned nr_slices;
+};
+
+static void session_slice_over(struct ring_op *op, int res)
 {
+    struct patience *patience = container_of(op, struct patience, op);
+
     (void)res;
-    op->done = NULL;
+    patience->nr_slices--;
 }
 
 bool session_end(struct session *session)
 {
-    struct ring_op timer = {.done = session_too_late,
-                            .code = RING_TIMEOUT,
-                            .timeout_ns = PATIENCE_MS * 1000000ULL};
+    struct patience patience = {.nr_slices = NR_SLICES};
 
     if (session->fd >= 0)
         close(session->fd);
     session->fd = -1;
-    ring_queue(session->main_ring, &timer);
-    while (!session->is_closed && timer.done) {
+    while (!session->is_closed && patience.nr_slices) {
+        patience.op = (struct ring_op){.done = session_slice_over,
+                                       .code = RING_TIMEOUT,
+                                       .timeout_ns = SLICE_MS * 1000000ULL};
+        ring_queue(session->main_ring, &patience.op);
         if (ring_run(session->main_ring) < 0)
             return false;
+        ring_cancel_timeout(session->main_ring, &patience.op);
     }
-    if (timer.done)
-        ring_cancel_timeout(session->main_ring, &timer);
     wire_free(&session->in);
     if (session->is_closed)
         nbd_conn_free(session->conn);
