@@ -218,12 +218,13 @@ static void short_io_is_whole_in_the_end(void **state)
     static const char *const lowers[] = {"io=direct", "io=buffered"};
 
     for (unsigned l = 0; l < ARRAY_SIZE(lowers); l++) {
-        char spec[100], *aligned = aligned_alloc(4096, sizeof(buf));
+        char spec[100], *aligned;
         struct fixture fixture;
         uint64_t seed = 8;
 
         snprintf(spec, sizeof(spec), "%s,any.short=0.8", lowers[l]);
         fixture = setup(state, spec);
+        aligned = aligned_alloc(4096, sizeof(buf));
         for (unsigned i = 0; i < 30; i++) {
             uint64_t offset = i % 2 ? i * 1000 : i * 4096, len = i % 2 ? 20001 : 32768;
 

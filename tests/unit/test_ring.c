@@ -478,7 +478,7 @@ static void errors_are_negative_errnos(void **state)
     struct ring *ring = make_ring(state);
     int fd = open("/dev/null", O_RDONLY), full = open("/dev/full", O_WRONLY), dir = open("/", O_RDONLY),
         pipe_fds[2];
-    char buf[4096];
+    char buf[4096] = "";
     struct tracked tracked = {.op = {.code = RING_FSYNC, .fd = 900}};
 
     assert_int_equal(pipe(pipe_fds), 0);
