@@ -241,6 +241,22 @@ static void serve_stopped(struct transport *transport, void *arg)
     serve->is_stopped = true;
 }
 
+// All lines in one write: who reads them sees all or none.
+static void serve_print_stats(const struct serve *serve)
+{
+    char *text = NULL;
+    size_t len = 0;
+    FILE *file = open_memstream(&text, &len);
+
+    if (!file)
+        return;
+    for (unsigned i = 0; i < serve->nr_devs; i++)
+        stats_print(serve->devs[i], file);
+    fclose(file);
+    fputs(text, stderr);
+    free(text);
+}
+
 static void serve_signalled(struct ring_op *op, int res)
 {
     struct serve *serve = container_of(op, struct serve, signal_op);
@@ -249,8 +265,7 @@ static void serve_signalled(struct ring_op *op, int res)
     (void)res;
     while (read(serve->signal_fd, &info, sizeof(info)) == sizeof(info)) {
         if (info.ssi_signo == SIGUSR1) {
-            for (unsigned i = 0; i < serve->nr_devs; i++)
-                stats_print(serve->devs[i], stderr);
+            serve_print_stats(serve);
         } else if (!serve->is_stopping) {
             log_verbose("signal %u: stopping", info.ssi_signo);
             notify_send("STOPPING=1");
