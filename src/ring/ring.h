@@ -25,7 +25,7 @@ enum ring_code {
     RING_WRITE,   // pwritev2: the same
     RING_FSYNC,   // fdatasync: fd
     RING_RECV,    // recv: fd, recv; res: bytes, 0 at end of stream
-    RING_SENDMSG, // sendmsg, until all is sent or an error: fd, msg; res: bytes
+    RING_SENDMSG, // sendmsg: fd, msg; res: bytes, which may be fewer than asked
     RING_POLL,    // one shot: fd, events (POLLIN...); res: the events that came
     RING_TIMEOUT, // timeout_ns from now
     RING_CALL,    // call() on a worker thread; res: what it returned
