@@ -448,7 +448,7 @@ class Client:
             count = struct.unpack(">I", payload[4:8])[0]
             check(count in (0, len(extents)), f"{request}: descriptor count {count}, {len(extents)} came")
         check(all(length and length % self.minimum == 0 for length, _ in extents), f"{request}: lengths {extents}")
-        check(sum(length for length, _ in extents[:-1]) < request.length, f"{request}: more extents than were asked for")
+        check(sum(length for length, _ in extents[:-1]) < request.length, f"{request}: more than was asked for")
         check(request.offset + sum(length for length, _ in extents) <= self.size, f"{request}: past the end")
         if request.flags & REQ_ONE:
             check(len(extents) == 1 and extents[0][0] <= request.length, f"{request}: REQ_ONE, {extents}")

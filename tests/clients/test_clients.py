@@ -99,7 +99,8 @@ class Clients:
     @need("nbdcopy")
     def test_nbdcopy_from_the_image(self):
         self.fill()
-        for options in ((), ("--connections=1", "--requests=1"), ("--connections=4", "--requests=64"), ("--synchronous",)):
+        for options in ((), ("--connections=1", "--requests=1"), ("--connections=4", "--requests=64"),
+                        ("--synchronous",)):
             copy = self.path("copy")
             run("nbdcopy", *options, self.uri, copy)
             self.assert_same(copy)
@@ -200,9 +201,9 @@ class Clients:
 
     @need("qemu-io")
     def test_qemu_io_unaligned(self):
-        self.qemu_io("write -P 0x11 1M 8k", "write -P 0x22 1048577 1", "write -P 0x33 1052671 2", "write -P 0x44 1053000 3000",
-                     "read -P 0x11 1M 1", "read -P 0x22 1048577 1", "read -P 0x33 1052671 2", "read -P 0x44 1053000 3000",
-                     "read -P 0x11 1056000 100")
+        self.qemu_io("write -P 0x11 1M 8k", "write -P 0x22 1048577 1", "write -P 0x33 1052671 2",
+                     "write -P 0x44 1053000 3000", "read -P 0x11 1M 1", "read -P 0x22 1048577 1",
+                     "read -P 0x33 1052671 2", "read -P 0x44 1053000 3000", "read -P 0x11 1056000 100")
 
     @need("qemu-io")
     def test_qemu_io_discard_and_zeroes(self):
@@ -233,8 +234,8 @@ class Clients:
 
     def fio(self, *options):
         run("fio", "--name=verify", "--ioengine=nbd", f"--uri={self.uri}", "--thread", "--verify=crc32c",
-            "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0", "--randrepeat=0", f"--randseed={harness.SEED}",
-            "--output-format=terse", *options, cwd=self.dir)
+            "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0", "--randrepeat=0",
+            f"--randseed={harness.SEED}", "--output-format=terse", *options, cwd=self.dir)
 
     # the library
 

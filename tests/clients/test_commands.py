@@ -203,8 +203,8 @@ class Commands:
         client.expect(raw.EINVAL, raw.BLOCK_STATUS, 0, 4096)
 
     def test_beyond_the_end(self):
-        ends = ((SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (SIZE + 4096, 512), (1 << 63, 512), (HUGE, 1), (HUGE - 511, 512),
-                (HUGE - 4095, 8192))
+        ends = ((SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (SIZE + 4096, 512), (1 << 63, 512), (HUGE, 1),
+                (HUGE - 511, 512), (HUGE - 4095, 8192))
         client = self.client
         for command in self.ranged():
             for offset, length in ends:
@@ -467,9 +467,10 @@ class ReadOnly:
     def test_an_image_that_may_only_be_read(self):
         image = self.image(harness.pattern(SIZE))
         os.chmod(image, 0o444)
-        with harness.Server(image, args=["--read-only"], ring=self.ring, io=self.io) as server, server.connect() as client:
-            client.expect(raw.EPERM, raw.WRITE, 0, 1, 0, b"x")
-            self.assertEqual(client.read(0, SIZE), harness.pattern(SIZE))
+        with harness.Server(image, args=["--read-only"], ring=self.ring, io=self.io) as server:
+            with server.connect() as client:
+                client.expect(raw.EPERM, raw.WRITE, 0, 1, 0, b"x")
+                self.assertEqual(client.read(0, SIZE), harness.pattern(SIZE))
 
 
 class BlockSize:

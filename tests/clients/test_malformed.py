@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Hostile and broken clients: whatever they send, the server answers by the protocol or drops them, and serves the rest."""
+"""Hostile and broken clients: the server answers by the protocol or drops them, and serves the others."""
 import contextlib
 import os
 import random
@@ -76,7 +76,7 @@ class Malformed:
     def assert_unharmed(self):
         self.server.assert_alive()
         self.assert_served()
-        harness.wait_until(lambda: self.server.fds() <= self.fds, f"{self.fds} open files, {self.server.fds()} are left")
+        harness.wait_until(lambda: self.server.fds() <= self.fds, f"no more than {self.fds} open files")
         if not harness.sanitized():
             self.assertLess(self.server.rss() - self.rss, MEMORY, "the server keeps memory")
 
@@ -301,7 +301,7 @@ class Malformed:
 
     def test_clients_stalled_in_the_handshake(self):
         with contextlib.ExitStack() as stack:
-            for number in range(200):
+            for _ in range(200):
                 client = stack.enter_context(self.server.client())
                 client.send(handshake_bytes("structured")[:self.random.randrange(60)])
             self.assert_served()
