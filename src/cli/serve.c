@@ -48,8 +48,8 @@ static const char serve_help[] =
     "Sizes take K, M, G, T. SIGUSR1 prints the counters. See bight-serve(1).\n";
 
 enum {
-    OPT_NBD = 256,
-    OPT_NAME,
+    OPT_TRANSPORT = 256, // and those of transport_table[1...]
+    OPT_NAME = OPT_TRANSPORT + TRANSPORT_NR,
     OPT_READ_ONLY,
     OPT_IO,
     OPT_MAP,
@@ -65,7 +65,7 @@ enum {
 };
 
 static const struct option serve_options[] = {
-    {"nbd", required_argument, NULL, OPT_NBD},
+    {"nbd", required_argument, NULL, OPT_TRANSPORT},
     {"name", required_argument, NULL, OPT_NAME},
     {"read-only", no_argument, NULL, OPT_READ_ONLY},
     {"io", required_argument, NULL, OPT_IO},
@@ -88,16 +88,17 @@ struct serve {
     struct device_options device;
     const char *ring_name;
     unsigned max_connections, nr_workers;
-    const char **addrs, **names, **images; // argc entries are room for all
-    unsigned nr_addrs, nr_names, nr_images;
+    struct transport_addrs addrs[TRANSPORT_NR];
+    const char **names, **images; // argc entries are room for all, as in addrs
+    unsigned nr_names, nr_images;
 
     struct device **devs;
     unsigned nr_devs;
     struct ring *ring;
-    struct transport *transport;
+    struct transport_set transports;
     int signal_fd;
     struct ring_op signal_op;
-    bool is_stopping, is_stopped;
+    bool is_stopping;
 };
 
 // ---- Options
@@ -133,10 +134,13 @@ static int serve_option(struct serve *serve, int option, const char *arg, struct
 {
     struct device_options *device = &serve->device;
 
-    switch (option) {
-    case OPT_NBD:
-        serve->addrs[serve->nr_addrs++] = arg;
+    if (option >= OPT_TRANSPORT && option < OPT_TRANSPORT + TRANSPORT_NR) {
+        struct transport_addrs *addrs = &serve->addrs[option - OPT_TRANSPORT];
+
+        addrs->addrs[addrs->nr_addrs++] = arg;
         return 0;
+    }
+    switch (option) {
     case OPT_NAME:
         serve->names[serve->nr_names++] = arg;
         if (!*arg || strlen(arg) > DEVICE_NAME_MAX)
@@ -233,14 +237,6 @@ static int serve_check_names(const struct serve *serve, struct err *err)
 
 // ---- Running
 
-static void serve_stopped(struct transport *transport, void *arg)
-{
-    struct serve *serve = arg;
-
-    (void)transport;
-    serve->is_stopped = true;
-}
-
 // All lines in one write: who reads them sees all or none.
 static void serve_print_stats(const struct serve *serve)
 {
@@ -270,7 +266,7 @@ static void serve_signalled(struct ring_op *op, int res)
             log_verbose("signal %u: stopping", info.ssi_signo);
             notify_send("STOPPING=1");
             serve->is_stopping = true;
-            serve->transport->ops->stop(serve->transport, serve_stopped, serve);
+            transports_stop(&serve->transports);
         }
     }
     ring_queue(serve->ring, op);
@@ -337,13 +333,8 @@ static int serve_destroy_devices(struct serve *serve)
 
 static int serve_loop(struct serve *serve, struct err *err)
 {
-    int ret;
-
-    ring_queue(serve->ring, &serve->signal_op);
-    notify_send("READY=1");
-    log_verbose("ready");
-    while (!serve->is_stopped) {
-        ret = ring_run(serve->ring);
+    while (serve->transports.nr_running) {
+        int ret = ring_run(serve->ring);
         if (ret < 0)
             return err_set(err, ret, "main ring: %s", strerror(-ret));
     }
@@ -354,10 +345,13 @@ static int serve_run(struct serve *serve, struct err *err)
 {
     unsigned nr_listen_fds = notify_listen_fds();
     int listen_fds[1024], ret, flush_ret;
+    unsigned nr_addrs = nr_listen_fds;
 
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
-    if (!serve->nr_addrs && !nr_listen_fds)
+    for (unsigned i = 0; i < TRANSPORT_NR; i++)
+        nr_addrs += serve->addrs[i].nr_addrs;
+    if (!nr_addrs)
         return err_usage(err, "no transport is named; use --nbd unix:PATH or HOST:PORT");
     workers_set_max(serve->nr_workers);
     serve->device.ring = ring_choose(serve->ring_name, err);
@@ -372,31 +366,34 @@ static int serve_run(struct serve *serve, struct err *err)
     ret = ring_create(serve->device.ring, &serve->ring, err);
     if (ret < 0)
         goto out_devices;
-    ret = nbd_transport_ops.start(&serve->transport,
-                                  &(struct transport_options){
-                                      .devs = serve->devs,
-                                      .nr_devs = serve->nr_devs,
-                                      .addrs = serve->addrs,
-                                      .nr_addrs = serve->nr_addrs,
-                                      .listen_fds = listen_fds,
-                                      .nr_listen_fds = nr_listen_fds,
-                                      .max_connections = serve->max_connections,
-                                      .ring = serve->ring,
-                                  },
-                                  err);
-    if (ret < 0)
-        goto out_ring;
+    ret = transports_start(&serve->transports,
+                           &(struct transport_options){
+                               .devs = serve->devs,
+                               .nr_devs = serve->nr_devs,
+                               .listen_fds = listen_fds,
+                               .nr_listen_fds = nr_listen_fds,
+                               .max_connections = serve->max_connections,
+                               .ring = serve->ring,
+                           },
+                           serve->addrs, err);
+    if (ret < 0) {
+        transports_stop(&serve->transports);
+        serve_loop(serve, &(struct err){.line = ""});
+        goto out_transports;
+    }
+    ring_queue(serve->ring, &serve->signal_op);
+    notify_send("READY=1");
+    log_verbose("ready");
     ret = serve_loop(serve, err);
+out_transports:
     flush_ret = serve_destroy_devices(serve);
     ring_destroy(serve->ring);
-    serve->transport->ops->destroy(serve->transport);
+    transports_destroy(&serve->transports);
     close(serve->signal_fd);
     if (!ret && flush_ret)
         err->line[0] = '\0'; // said already, for each device
     return ret ? ret : flush_ret;
 
-out_ring:
-    ring_destroy(serve->ring);
 out_devices:
     serve_destroy_devices(serve);
     close(serve->signal_fd);
@@ -420,12 +417,14 @@ static int serve_main(int argc, char **argv)
     };
     struct err err = {.line = ""};
     int status = CLI_ERROR, ret;
+    bool is_complete = true;
 
-    serve.addrs = calloc((size_t)argc, sizeof(*serve.addrs));
+    for (unsigned i = 0; i < TRANSPORT_NR; i++)
+        is_complete &= !!(serve.addrs[i].addrs = calloc((size_t)argc, sizeof(*serve.addrs[i].addrs)));
     serve.names = calloc((size_t)argc, sizeof(*serve.names));
     serve.images = calloc((size_t)argc, sizeof(*serve.images));
     serve.devs = calloc((size_t)argc, sizeof(*serve.devs));
-    if (!serve.addrs || !serve.names || !serve.images || !serve.devs) {
+    if (!is_complete || !serve.names || !serve.images || !serve.devs) {
         log_line("out of memory");
         goto out;
     }
@@ -447,7 +446,8 @@ static int serve_main(int argc, char **argv)
         log_line("%s", err.line);
     status = err.is_usage ? CLI_USAGE : ret < 0 ? CLI_ERROR : CLI_OK;
 out:
-    free(serve.addrs);
+    for (unsigned i = 0; i < TRANSPORT_NR; i++)
+        free(serve.addrs[i].addrs);
     free(serve.names);
     free(serve.images);
     free(serve.devs);

@@ -64,8 +64,6 @@ struct nbd_server {
     struct nbd_client *clients;
     unsigned nr_clients;
     bool is_stopping;
-    void (*stopped)(struct transport *transport, void *arg);
-    void *stopped_arg;
     struct ring_op stop_timer_op;
     bool is_stop_timer_set;
 };
@@ -79,7 +77,7 @@ static void server_check_stopped(struct nbd_server *server)
     if (server->is_stop_timer_set)
         ring_cancel_timeout(server->options.ring, &server->stop_timer_op);
     server->is_stop_timer_set = false;
-    server->stopped(&server->transport, server->stopped_arg);
+    transport_stopped(&server->transport);
 }
 
 // ---- Clients
@@ -370,22 +368,22 @@ static void nbd_destroy(struct transport *transport)
     free(server);
 }
 
-static int nbd_start(struct transport **transport, const struct transport_options *options, struct err *err)
+static int nbd_start(struct transport **transport, const struct transport_options *options,
+                     const struct transport_addrs *addrs, struct err *err)
 {
     struct nbd_server *server = calloc(1, sizeof(*server));
-    unsigned nr_listeners = options->nr_addrs + options->nr_listen_fds, nr_open = 0;
+    unsigned nr_listeners = addrs->nr_addrs + options->nr_listen_fds, nr_open = 0;
     int *fds = calloc(nr_listeners, sizeof(*fds)), ret = 0;
 
     if (!server || !fds || !(server->listeners = calloc(nr_listeners, sizeof(*server->listeners)))) {
         ret = err_set(err, -ENOMEM, "nbd: out of memory");
         goto out;
     }
-    server->transport.ops = &nbd_transport_ops;
     server->options = *options;
     raise_nofile(options->max_connections);
     // All sockets first: a failed start takes back exactly what it did.
-    for (; nr_open < options->nr_addrs; nr_open++) {
-        fds[nr_open] = ret = nbd_listen(options->addrs[nr_open], err);
+    for (; nr_open < addrs->nr_addrs; nr_open++) {
+        fds[nr_open] = ret = nbd_listen(addrs->addrs[nr_open], err);
         if (ret < 0)
             goto out_close;
     }
@@ -422,14 +420,11 @@ static void stop_timed_out(struct ring_op *op, int res)
     }
 }
 
-static void nbd_stop(struct transport *transport, void (*stopped)(struct transport *transport, void *arg),
-                     void *arg)
+static void nbd_stop(struct transport *transport)
 {
     struct nbd_server *server = container_of(transport, struct nbd_server, transport);
 
     server->is_stopping = true;
-    server->stopped = stopped;
-    server->stopped_arg = arg;
     for (unsigned i = 0; i < server->nr_listeners; i++) {
         struct nbd_listener *listener = &server->listeners[i];
 
@@ -453,6 +448,7 @@ static void nbd_stop(struct transport *transport, void (*stopped)(struct transpo
 
 const struct transport_ops nbd_transport_ops = {
     .name = "nbd",
+    .takes_listen_fds = true,
     .start = nbd_start,
     .stop = nbd_stop,
     .destroy = nbd_destroy,
