@@ -128,11 +128,13 @@ void nbd_unlisten(int fd)
     socklen_t len = sizeof(sun);
     int probe;
 
+    // The kernel takes our rings apart after the process has ended, and they hold the socket: a port
+    // would stay taken until then.
+    shutdown(fd, SHUT_RDWR);
     memset(&sun, 0, sizeof(sun));
     if (getsockname(fd, (struct sockaddr *)&sun, &len) < 0 || sun.sun_family != AF_UNIX || !sun.sun_path[0])
         return;
-    // Ours still? Once we stop listening, whoever took the path over answers, and nobody else does.
-    shutdown(fd, SHUT_RDWR);
+    // Ours still? Now that we do not listen, whoever took the path over answers, and nobody else does.
     other = sun;
     probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (probe < 0)
