@@ -14,30 +14,45 @@
 #include "util/util.h"
 
 #define BACKLOG 4096 // or what net.core.somaxconn allows
+#define LINGER_US 20000
+#define LINGER_TRIES 15
+
+// Whether somebody listens at sun: 0, or what connect() failed with. A server that was killed does until
+// the kernel has taken its rings apart, which hold the socket: it is asked again for a while.
+static int listen_probe(const struct sockaddr_un *sun)
+{
+    for (unsigned i = 0;; i++) {
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), ret;
+
+        if (fd < 0)
+            return -errno;
+        ret = connect(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
+        close(fd);
+        if (ret < 0 || i == LINGER_TRIES)
+            return ret;
+        usleep(LINGER_US);
+    }
+}
 
 // A path without a listener behind it, or a negative errno.
 static int listen_clear_path(const struct sockaddr_un *sun, struct err *err)
 {
     struct stat st;
-    int fd, ret = 0;
+    int ret;
 
     if (lstat(sun->sun_path, &st) < 0)
         return 0; // bind() will tell what is wrong, if anything
     if (!S_ISSOCK(st.st_mode))
         return err_set(err, -EEXIST, "--nbd: unix:%s: exists and is no socket; use another path",
                        sun->sun_path);
-    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0)
-        return err_set(err, -errno, "--nbd: unix:%s: socket: %s", sun->sun_path, strerror(errno));
-    // EAGAIN: somebody listens and is busy. ECONNREFUSED: nobody does, the file is a left-over.
-    if (!connect(fd, (const struct sockaddr *)sun, sizeof(*sun)) || errno != ECONNREFUSED)
-        ret = err_set(err, -EADDRINUSE,
-                      "--nbd: unix:%s: somebody listens there; stop it, or use another path", sun->sun_path);
-    else if (unlink(sun->sun_path) < 0)
-        ret = err_set(err, -errno, "--nbd: unix:%s: removing the stale socket: %s", sun->sun_path,
-                      strerror(errno));
-    close(fd);
-    return ret;
+    ret = listen_probe(sun);
+    if (ret != -ECONNREFUSED) // EAGAIN: somebody listens and is busy
+        return err_set(err, -EADDRINUSE,
+                       "--nbd: unix:%s: somebody listens there; stop it, or use another path", sun->sun_path);
+    if (unlink(sun->sun_path) < 0)
+        return err_set(err, -errno, "--nbd: unix:%s: removing the stale socket: %s", sun->sun_path,
+                       strerror(errno));
+    return 0;
 }
 
 static int listen_unix(const char *path, struct err *err)
