@@ -341,18 +341,29 @@ static int serve_loop(struct serve *serve, struct err *err)
     return 0;
 }
 
-static int serve_run(struct serve *serve, struct err *err)
+static int serve_hold(struct serve *serve, struct transport_holds *holds, struct err *err)
 {
     unsigned nr_listen_fds = notify_listen_fds();
-    int listen_fds[1024], ret, flush_ret;
-    unsigned nr_addrs = nr_listen_fds;
+    int listen_fds[TRANSPORT_MAX_FDS], ret;
 
+    nr_listen_fds = min_of(nr_listen_fds, TRANSPORT_MAX_FDS);
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
-    for (unsigned i = 0; i < TRANSPORT_NR; i++)
-        nr_addrs += serve->addrs[i].nr_addrs;
-    if (!nr_addrs)
-        return err_usage(err, "no transport is named; use --nbd unix:PATH or HOST:PORT");
+    ret = transports_hold(holds, serve->addrs, listen_fds, nr_listen_fds,
+                          &(struct transport_hold_options){.nr_queues = serve->device.nr_queues,
+                                                           .depth = serve->device.depth,
+                                                           .is_read_only = serve->device.image.is_read_only},
+                          err);
+    if (!ret && !holds->nr_holds)
+        ret = err_usage(err, "no transport is named; use --nbd unix:PATH or HOST:PORT");
+    return ret;
+}
+
+static int serve_run(struct serve *serve, struct err *err)
+{
+    struct transport_holds holds;
+    int ret, flush_ret;
+
     workers_set_max(serve->nr_workers);
     serve->device.ring = ring_choose(serve->ring_name, err);
     if (!serve->device.ring)
@@ -360,6 +371,9 @@ static int serve_run(struct serve *serve, struct err *err)
     ret = serve_catch_signals(serve, err);
     if (ret < 0)
         return ret;
+    ret = serve_hold(serve, &holds, err);
+    if (ret < 0)
+        goto out_signals;
     ret = serve_create_devices(serve, err);
     if (ret < 0)
         goto out_devices;
@@ -370,12 +384,10 @@ static int serve_run(struct serve *serve, struct err *err)
                            &(struct transport_options){
                                .devs = serve->devs,
                                .nr_devs = serve->nr_devs,
-                               .listen_fds = listen_fds,
-                               .nr_listen_fds = nr_listen_fds,
                                .max_connections = serve->max_connections,
                                .ring = serve->ring,
                            },
-                           serve->addrs, err);
+                           &holds, err);
     if (ret < 0) {
         transports_stop(&serve->transports);
         serve_loop(serve, &(struct err){.line = ""});
@@ -389,13 +401,16 @@ out_transports:
     flush_ret = serve_destroy_devices(serve);
     ring_destroy(serve->ring);
     transports_destroy(&serve->transports);
-    close(serve->signal_fd);
-    if (!ret && flush_ret)
+    if (!ret && flush_ret) {
         err->line[0] = '\0'; // said already, for each device
-    return ret ? ret : flush_ret;
-
+        ret = flush_ret;
+    }
+    goto out_holds;
 out_devices:
     serve_destroy_devices(serve);
+out_holds:
+    transports_release(&holds);
+out_signals:
     close(serve->signal_fd);
     return ret;
 }

@@ -1,28 +1,71 @@
 #include "transport/transport.h"
 
 #include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
 
 const struct transport_ops *const transport_table[TRANSPORT_NR] = {
     &nbd_transport_ops,
 };
 
-int transports_start(struct transport_set *set, const struct transport_options *options,
-                     const struct transport_addrs *addrs, struct err *err)
+int transports_hold(struct transport_holds *holds, const struct transport_addrs *addrs, const int *listen_fds,
+                    unsigned nr_listen_fds, const struct transport_hold_options *options, struct err *err)
 {
+    unsigned nr = nr_listen_fds;
+    int ret;
+
+    for (unsigned i = 0; i < TRANSPORT_NR; i++)
+        nr += addrs[i].nr_addrs;
+    *holds = (struct transport_holds){.holds = calloc(nr, sizeof(*holds->holds))};
+    if (nr && !holds->holds)
+        return err_set(err, -ENOMEM, "out of memory");
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
         const struct transport_ops *ops = transport_table[i];
-        struct transport_options asked = *options;
+
+        for (unsigned j = 0; j < addrs[i].nr_addrs; j++) {
+            struct transport_hold *hold = &holds->holds[holds->nr_holds];
+
+            *hold = (struct transport_hold){.ops = ops, .addr = addrs[i].addrs[j], .fd = -1};
+            ret = ops->hold(hold, options, err);
+            if (ret < 0)
+                goto out_release;
+            holds->nr_holds++;
+        }
+        for (unsigned j = 0; ops->takes_listen_fds && j < nr_listen_fds; j++)
+            holds->holds[holds->nr_holds++] = (struct transport_hold){.ops = ops, .fd = listen_fds[j]};
+    }
+    return 0;
+
+out_release:
+    transports_release(holds);
+    return ret;
+}
+
+void transports_release(struct transport_holds *holds)
+{
+    while (holds->nr_holds) {
+        struct transport_hold *hold = &holds->holds[--holds->nr_holds];
+
+        hold->ops->release(hold);
+    }
+    free(holds->holds);
+    holds->holds = NULL;
+}
+
+int transports_start(struct transport_set *set, const struct transport_options *options,
+                     const struct transport_holds *holds, struct err *err)
+{
+    for (unsigned i = 0, nr; i < holds->nr_holds; i += nr) {
+        struct transport_hold *hold = &holds->holds[i];
         struct transport *transport;
         int ret;
 
-        if (!ops->takes_listen_fds)
-            asked.nr_listen_fds = 0;
-        if (!addrs[i].nr_addrs && !asked.nr_listen_fds)
-            continue;
-        ret = ops->start(&transport, &asked, &addrs[i], err);
+        for (nr = 1; i + nr < holds->nr_holds && hold[nr].ops == hold->ops; nr++)
+            ;
+        ret = hold->ops->start(&transport, options, hold, nr, err);
         if (ret < 0)
             return ret;
-        transport->ops = ops;
+        transport->ops = hold->ops;
         transport->set = set;
         set->transports[set->nr_transports++] = transport;
         set->nr_running++;

@@ -1,7 +1,12 @@
 // A transport speaks somebody's protocol and turns it into requests. Its words stay in its folder.
+//
+//  T1. What has to outlive a worker process (a listening socket, a mount) is opened by hold() in the
+//      process that starts workers, inherited by each of them, and used by start(). In bight serve
+//      both are the same process.
 #pragma once
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #include "ring/ring.h"
 #include "util/log.h"
@@ -9,14 +14,32 @@
 struct device;
 struct transport;
 
-#define TRANSPORT_NR 1 // of them in the table
+#define TRANSPORT_NR 1         // of them in the table
+#define TRANSPORT_MAX_FDS 1024 // LISTEN_FDS that are taken over
+
+// What hold() may want to know before there is a device.
+struct transport_hold_options {
+    unsigned nr_queues, depth;
+    bool is_read_only;
+};
+
+struct transport_hold {
+    const struct transport_ops *ops;
+    const char *addr;  // as given on the command line; NULL: a socket that came by LISTEN_FDS
+    int fd;            // -1: none
+    uint64_t facts[4]; // the transport's own: what a worker has to know of fd
+};
+
+// What a process is to serve to, in the table's order.
+struct transport_holds {
+    struct transport_hold *holds;
+    unsigned nr_holds;
+};
 
 // What all transports of a process are told.
 struct transport_options {
     struct device *const *devs; // the first one is the default
     unsigned nr_devs;
-    const int *listen_fds; // sockets that somebody opened for us (LISTEN_FDS)
-    unsigned nr_listen_fds;
     unsigned max_connections;
     struct ring *ring; // the main thread's: the cold part of the transport runs there
 };
@@ -28,12 +51,18 @@ struct transport_addrs {
 };
 
 struct transport_ops {
-    const char *name; // also its option: --NAME
-    // Whether it takes over listen_fds.
-    bool takes_listen_fds;
-    // Required. Main thread. Begins to listen. 0 or a negative errno with err set.
+    const char *name;      // also its option: --NAME
+    bool takes_listen_fds; // they are held with addr NULL
+    // Required. T1; cold, may block. hold->addr is set; sets fd and facts. 0 or a negative errno with
+    // err set.
+    int (*hold)(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err);
+    // Required. T1; nobody is served any more. Takes back what hold() did, and closes fd; also when
+    // addr is NULL, when there was no hold().
+    void (*release)(struct transport_hold *hold);
+    // Required. Main thread. Begins to serve. The holds live longer than the transport. 0 or a negative
+    // errno with err set.
     int (*start)(struct transport **transport, const struct transport_options *options,
-                 const struct transport_addrs *addrs, struct err *err);
+                 struct transport_hold *holds, unsigned nr_holds, struct err *err);
     // Required. Main thread. Takes no new clients, lets what is in flight come to its end, and calls
     // transport_stopped() on the main thread when nobody is left, which is in bounded time.
     void (*stop)(struct transport *transport);
@@ -60,11 +89,16 @@ struct transport {
 extern const struct transport_ops *const transport_table[TRANSPORT_NR];
 extern const struct transport_ops nbd_transport_ops;
 
-// Starts those that have an address (addrs: TRANSPORT_NR of them, in the table's order) or take over
-// listen_fds. Main thread. 0, or a negative errno with err set: then what has started is to be
-// stopped and destroyed like the rest.
+// Holds every address of addrs (TRANSPORT_NR of them, in the table's order), and listen_fds. 0, or a
+// negative errno with err set and nothing held.
+int transports_hold(struct transport_holds *holds, const struct transport_addrs *addrs, const int *listen_fds,
+                    unsigned nr_listen_fds, const struct transport_hold_options *options, struct err *err);
+void transports_release(struct transport_holds *holds);
+
+// Starts those that something is held for. Main thread. 0, or a negative errno with err set: then what
+// has started is to be stopped and destroyed like the rest.
 int transports_start(struct transport_set *set, const struct transport_options *options,
-                     const struct transport_addrs *addrs, struct err *err);
+                     const struct transport_holds *holds, struct err *err);
 
 // All of them; set->nr_running is 0 when they have stopped. Main thread.
 void transports_stop(struct transport_set *set);

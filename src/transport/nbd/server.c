@@ -333,13 +333,13 @@ static void listener_poll(struct nbd_listener *listener)
     ring_queue(listener->server->options.ring, &listener->poll_op);
 }
 
-static void server_add_listener(struct nbd_server *server, int fd, bool is_ours)
+static void server_add_listener(struct nbd_server *server, const struct transport_hold *hold)
 {
     struct nbd_listener *listener = &server->listeners[server->nr_listeners++];
     char uri[512];
 
-    *listener = (struct nbd_listener){.server = server, .fd = fd, .is_ours = is_ours};
-    nbd_listen_uri(fd, uri, sizeof(uri));
+    *listener = (struct nbd_listener){.server = server, .fd = hold->fd, .is_ours = hold->addr};
+    nbd_listen_uri(hold->fd, uri, sizeof(uri));
     log_verbose("nbd: listening on %s", uri);
     listener_poll(listener);
 }
@@ -358,54 +358,44 @@ static void raise_nofile(unsigned max_connections)
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+static int nbd_hold(struct transport_hold *hold, const struct transport_hold_options *options,
+                    struct err *err)
+{
+    (void)options;
+    hold->fd = nbd_listen(hold->addr, err);
+    return hold->fd < 0 ? hold->fd : 0;
+}
+
+static void nbd_release(struct transport_hold *hold)
+{
+    if (hold->addr)
+        nbd_unlisten(hold->fd);
+    close(hold->fd);
+}
+
 static void nbd_destroy(struct transport *transport)
 {
     struct nbd_server *server = container_of(transport, struct nbd_server, transport);
 
-    for (unsigned i = 0; i < server->nr_listeners; i++)
-        close(server->listeners[i].fd);
     free(server->listeners);
     free(server);
 }
 
 static int nbd_start(struct transport **transport, const struct transport_options *options,
-                     const struct transport_addrs *addrs, struct err *err)
+                     struct transport_hold *holds, unsigned nr_holds, struct err *err)
 {
     struct nbd_server *server = calloc(1, sizeof(*server));
-    unsigned nr_listeners = addrs->nr_addrs + options->nr_listen_fds, nr_open = 0;
-    int *fds = calloc(nr_listeners, sizeof(*fds)), ret = 0;
 
-    if (!server || !fds || !(server->listeners = calloc(nr_listeners, sizeof(*server->listeners)))) {
-        ret = err_set(err, -ENOMEM, "nbd: out of memory");
-        goto out;
+    if (!server || !(server->listeners = calloc(nr_holds, sizeof(*server->listeners)))) {
+        free(server);
+        return err_set(err, -ENOMEM, "nbd: out of memory");
     }
     server->options = *options;
     raise_nofile(options->max_connections);
-    // All sockets first: a failed start takes back exactly what it did.
-    for (; nr_open < addrs->nr_addrs; nr_open++) {
-        fds[nr_open] = ret = nbd_listen(addrs->addrs[nr_open], err);
-        if (ret < 0)
-            goto out_close;
-    }
-    for (unsigned i = 0; i < nr_open; i++)
-        server_add_listener(server, fds[i], true);
-    for (unsigned i = 0; i < options->nr_listen_fds; i++)
-        server_add_listener(server, options->listen_fds[i], false);
+    for (unsigned i = 0; i < nr_holds; i++)
+        server_add_listener(server, &holds[i]);
     *transport = &server->transport;
-    free(fds);
     return 0;
-
-out_close:
-    while (nr_open--) {
-        nbd_unlisten(fds[nr_open]);
-        close(fds[nr_open]);
-    }
-out:
-    free(fds);
-    if (server)
-        free(server->listeners);
-    free(server);
-    return ret;
 }
 
 static void stop_timed_out(struct ring_op *op, int res)
@@ -449,6 +439,8 @@ static void nbd_stop(struct transport *transport)
 const struct transport_ops nbd_transport_ops = {
     .name = "nbd",
     .takes_listen_fds = true,
+    .hold = nbd_hold,
+    .release = nbd_release,
     .start = nbd_start,
     .stop = nbd_stop,
     .destroy = nbd_destroy,
