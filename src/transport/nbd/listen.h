@@ -6,8 +6,5 @@
 // A non-blocking listening socket, or a negative errno with err set. A stale unix socket is replaced.
 int nbd_listen(const char *addr, struct err *err);
 
-// Removes the unix socket that fd listens on, if the path still leads to it. Before fd is closed.
-void nbd_unlisten(int fd);
-
 // "nbd+unix:///?socket=PATH" or "nbd://HOST:PORT" of a listening socket, for people.
 void nbd_listen_uri(int fd, char *uri, unsigned uri_bytes);

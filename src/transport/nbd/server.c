@@ -19,6 +19,7 @@
 #include "transport/nbd/conn.h"
 #include "transport/nbd/listen.h"
 #include "transport/transport.h"
+#include "util/unix_socket.h"
 #include "util/util.h"
 
 // Who has not chosen an export by then is not going to.
@@ -369,7 +370,7 @@ static int nbd_hold(struct transport_hold *hold, const struct transport_hold_opt
 static void nbd_release(struct transport_hold *hold)
 {
     if (hold->addr)
-        nbd_unlisten(hold->fd);
+        unix_socket_unlisten(hold->fd);
     close(hold->fd);
 }
 
@@ -421,7 +422,7 @@ static void nbd_stop(struct transport *transport)
         if (listener->is_pausing)
             ring_cancel_timeout(server->options.ring, &listener->pause_op);
         if (listener->is_ours) // else it goes on to listen for the next server
-            nbd_unlisten(listener->fd);
+            unix_socket_unlisten(listener->fd);
     }
     for (struct nbd_client *client = server->clients; client; client = client->next) {
         if (client->conn)

@@ -1,0 +1,12 @@
+// Listening unix sockets. Cold.
+#pragma once
+
+#include "util/log.h"
+
+// A non-blocking listening socket at path, or a negative errno with err set. A stale one is replaced.
+// what stands before the path in messages: "--nbd: unix:".
+int unix_socket_listen(const char *what, const char *path, struct err *err);
+
+// Ends the listening, and removes the path if it still leads to fd. Before fd is closed. Other kinds of
+// socket only end.
+void unix_socket_unlisten(int fd);
