@@ -85,9 +85,39 @@ static void ring_run_hooks(struct ring *ring)
     }
 }
 
+// Whether to go on without sleeping. Looking for more pays when it comes within poll_max_ns: whether
+// the last did tells whether the next will.
+static bool ring_poll(struct ring *ring)
+{
+    struct ring_poller *poller, *next;
+    bool is_found = false;
+
+    for (poller = ring->pollers; poller; poller = next) {
+        next = poller->next; // it may remove itself
+        is_found |= poller->poll(poller);
+    }
+    if (is_found) {
+        ring->poll_ns = ring->now_ns - ring->busy_ns <= ring->poll_max_ns ? ring->poll_max_ns : 0;
+        ring_found(ring);
+        return true;
+    }
+    if (ring->now_ns - ring->busy_ns < ring->poll_ns)
+        return true;
+    for (poller = ring->pollers; poller; poller = poller->next)
+        is_found |= !poller->arm(poller);
+    return is_found;
+}
+
+static int ring_wait(struct ring *ring)
+{
+    if (ring->pollers && ring_poll(ring))
+        return ring->ops->poll ? ring->ops->poll(ring) : ring->ops->wait(ring, 0);
+    return ring->ops->wait(ring, ring_next_timeout(ring));
+}
+
 int ring_run(struct ring *ring)
 {
-    int ret = ring->ops->wait(ring, ring_next_timeout(ring));
+    int ret = ring_wait(ring);
 
     if (ret < 0)
         return ret;
@@ -133,6 +163,28 @@ void ring_drain_inbox(struct ring *ring)
     for (op = fifo; op; op = next) {
         next = op->next; // R3
         op->done(op, op->res);
+    }
+}
+
+void ring_cancel(struct ring *ring, struct ring_op *op)
+{
+    ring->ops->cancel(ring, op);
+}
+
+void ring_add_poller(struct ring *ring, struct ring_poller *poller, uint64_t poll_max_ns)
+{
+    ring->poll_max_ns = poll_max_ns;
+    poller->next = ring->pollers;
+    ring->pollers = poller;
+}
+
+void ring_remove_poller(struct ring *ring, struct ring_poller *poller)
+{
+    for (struct ring_poller **at = &ring->pollers; *at; at = &(*at)->next) {
+        if (*at == poller) {
+            *at = poller->next;
+            return;
+        }
     }
 }
 

@@ -21,14 +21,16 @@
 #include "util/log.h"
 
 enum ring_code {
-    RING_READ,    // preadv2: fd, rw, rw_flags (RWF_*); res: bytes
-    RING_WRITE,   // pwritev2: the same
-    RING_FSYNC,   // fdatasync: fd
-    RING_RECV,    // recv: fd, recv; res: bytes, 0 at end of stream
-    RING_SENDMSG, // sendmsg: fd, msg; res: bytes, which may be fewer than asked
-    RING_POLL,    // one shot: fd, events (POLLIN...); res: the events that came
-    RING_TIMEOUT, // timeout_ns from now
-    RING_CALL,    // call() on a worker thread; res: what it returned
+    RING_READ,         // preadv2: fd, rw, rw_flags (RWF_*); res: bytes
+    RING_WRITE,        // pwritev2: the same
+    RING_FSYNC,        // fdatasync: fd
+    RING_RECV,         // recv: fd, recv; res: bytes, 0 at end of stream
+    RING_SENDMSG,      // sendmsg: fd, msg; res: bytes, which may be fewer than asked
+    RING_POLL,         // one shot: fd, events (POLLIN...); res: the events that came
+    RING_TIMEOUT,      // timeout_ns from now
+    RING_CALL,         // call() on a worker thread; res: what it returned
+    RING_EVENT_WAIT,   // fd is an eventfd: waits until it is signalled, and resets it
+    RING_EVENT_SIGNAL, // the other side of that. Neither can be made to block by who shares the eventfd
 };
 
 struct ring;
@@ -69,18 +71,33 @@ struct ring_hook {
     bool is_queued;
 };
 
+// What is looked at instead of waiting to be told: the ring polls as long as that finds something often
+// enough, and sleeps else (ring.c).
+struct ring_poller {
+    // Takes what is there. true: that was something.
+    bool (*poll)(struct ring_poller *poller);
+    // The ring is about to sleep: from now on it has to be woken. false: there is something already.
+    bool (*arm)(struct ring_poller *poller);
+    struct ring_poller *next;
+};
+
 struct ring_ops {
     const char *name;
     // Required. In the owner's thread. Reports -ENOSYS, -EPERM... where the kernel forbids it.
     int (*create)(struct ring **ring, struct err *err);
     // Required, any thread. Nothing is in flight any more (R5).
     void (*destroy)(struct ring *ring);
-    // Required, hot. Takes READ, WRITE, FSYNC, RECV, SENDMSG and POLL.
+    // Required, hot. Takes all but TIMEOUT and CALL.
     void (*queue)(struct ring *ring, struct ring_op *op);
     // Required, hot. Submits, waits for one completion at least or for timeout_ns (UINT64_MAX:
     // for ever; 0: not at all), and calls done() for all that have come. 0 or a negative errno that
     // the ring cannot go on after.
     int (*wait)(struct ring *ring, uint64_t timeout_ns);
+    // Optional, hot: wait() with a timeout of 0, cheap when there is nothing to submit or to take.
+    int (*poll)(struct ring *ring);
+    // Required. R2 for an op that might wait for ever: EVENT_WAIT, EVENT_SIGNAL or POLL, queued and not
+    // done. It is done soon, with -ECANCELED unless it was about to be done anyway.
+    void (*cancel)(struct ring *ring, struct ring_op *op);
     // Optional. fd will be used often; an fd that was added must be removed before it is closed.
     void (*add_fd)(struct ring *ring, int fd);
     // Required. fd is about to be closed: nothing is in flight on it.
@@ -98,6 +115,10 @@ struct ring {
     struct ring_op *timers; // sorted by time
     struct ring_hook *hooks;
     struct ring_hook **hooks_tail;
+    struct ring_poller *pollers;
+    uint64_t poll_max_ns;            // how long to look for more before sleeping; 0: not at all
+    uint64_t poll_ns;                // that, or 0 while it does not pay
+    uint64_t busy_ns;                // when a poller found something last, or ring_found() was called
     const char *mode;                // for people: which flags the kernel took
     char pad[64];                    // what other threads write does not share a line with the above
     _Atomic(struct ring_op *) inbox; // last posted first
@@ -131,6 +152,19 @@ void ring_defer(struct ring *ring, struct ring_hook *hook);
 
 // Takes a queued RING_TIMEOUT back; it is not done() then. false: it was not queued (any more).
 bool ring_cancel_timeout(struct ring *ring, struct ring_op *op);
+
+// Has an op end that might wait for ever (see ring_ops.cancel).
+void ring_cancel(struct ring *ring, struct ring_op *op);
+
+// Owner's thread. poll_max_ns is the ring's, for all of its pollers.
+void ring_add_poller(struct ring *ring, struct ring_poller *poller, uint64_t poll_max_ns);
+void ring_remove_poller(struct ring *ring, struct ring_poller *poller);
+
+// Something was done from which more will follow soon.
+static inline void ring_found(struct ring *ring)
+{
+    ring->busy_ns = ring->now_ns;
+}
 
 void ring_add_fd(struct ring *ring, int fd);
 void ring_remove_fd(struct ring *ring, int fd);

@@ -56,6 +56,9 @@ int ring_init(struct ring *ring, const struct ring_ops *ops)
     ring->now_ns = util_now_ns();
     ring->timers = NULL;
     ring->hooks = NULL;
+    ring->pollers = NULL;
+    ring->poll_ns = 0;
+    ring->busy_ns = 0;
     ring->hooks_tail = &ring->hooks;
     atomic_init(&ring->inbox, NULL);
     atomic_init(&ring->is_woken, false);

@@ -65,7 +65,7 @@ static int threads_park(struct threads *threads, struct ring_op *op)
 
     if (!state)
         return -ENOMEM;
-    if (op->code == RING_SENDMSG) {
+    if (op->code == RING_SENDMSG || op->code == RING_EVENT_SIGNAL) {
         assert(!state->writer);
         state->writer = op;
     } else {
@@ -79,6 +79,8 @@ static int threads_park(struct threads *threads, struct ring_op *op)
 static int threads_try_socket(struct ring_op *op)
 {
     struct pollfd pfd = {.fd = op->fd, .events = (short)op->events};
+    uint64_t count = 1;
+    struct iovec iov = {&count, sizeof(count)};
     ssize_t n;
 
     switch (op->code) {
@@ -87,6 +89,16 @@ static int threads_try_socket(struct ring_op *op)
         break;
     case RING_SENDMSG:
         n = sendmsg(op->fd, op->msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+        break;
+    case RING_EVENT_WAIT:
+        n = preadv2(op->fd, &iov, 1, -1, RWF_NOWAIT);
+        break;
+    case RING_EVENT_SIGNAL:
+        pfd.events = POLLOUT; // an eventfd's write knows no RWF_NOWAIT
+        n = poll(&pfd, 1, 0);
+        n = n > 0 ? write(op->fd, &count, sizeof(count)) : -1;
+        if (n < 0)
+            return -EAGAIN;
         break;
     default:
         n = poll(&pfd, 1, 0);
@@ -187,6 +199,27 @@ static int threads_wait(struct ring *ring, uint64_t timeout_ns)
     return 0;
 }
 
+static void threads_cancel(struct ring *ring, struct ring_op *op)
+{
+    struct threads *threads = container_of(ring, struct threads, ring);
+    struct threads_fd *state = threads_fd(threads, op->fd);
+
+    if (state && state->reader == op)
+        state->reader = NULL;
+    if (state && state->writer == op)
+        state->writer = NULL;
+    threads->ready_tail = &threads->ready;
+    for (struct ring_op **at = &threads->ready; *at;) {
+        if (*at == op) {
+            *at = op->next;
+        } else {
+            at = &(*at)->next;
+            threads->ready_tail = at;
+        }
+    }
+    ring_post(ring, op, -ECANCELED); // R2: not from in here
+}
+
 static void threads_remove_fd(struct ring *ring, int fd)
 {
     struct threads *threads = container_of(ring, struct threads, ring);
@@ -255,5 +288,6 @@ const struct ring_ops ring_threads_ops = {
     .destroy = threads_destroy,
     .queue = threads_queue,
     .wait = threads_wait,
+    .cancel = threads_cancel,
     .remove_fd = threads_remove_fd,
 };

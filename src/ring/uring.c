@@ -8,6 +8,8 @@
 
 #include "util/util.h"
 
+static const uint64_t uring_event_one = 1;
+
 static struct io_uring_sqe *uring_get_sqe(struct uring *uring)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&uring->io);
@@ -74,6 +76,12 @@ void uring_queue(struct ring *ring, struct ring_op *op)
     case RING_POLL:
         io_uring_prep_poll_add(sqe, op->fd, op->events);
         break;
+    case RING_EVENT_WAIT:
+        io_uring_prep_read(sqe, op->fd, &uring->event_count, sizeof(uring->event_count), 0);
+        break;
+    case RING_EVENT_SIGNAL:
+        io_uring_prep_write(sqe, op->fd, &uring_event_one, sizeof(uring_event_one), 0);
+        break;
     case RING_TIMEOUT:
     case RING_CALL:
         __builtin_unreachable(); // ring_queue() does these
@@ -129,20 +137,16 @@ static int uring_wait_for_batch(struct uring *uring, uint64_t timeout_ns)
     return ret ? ret : 1;
 }
 
-int uring_wait(struct ring *ring, uint64_t timeout_ns)
+// ret: what the kernel said last.
+static int uring_dispatch(struct uring *uring, int ret)
 {
-    struct uring *uring = container_of(ring, struct uring, ring);
     struct io_uring_cqe *cqe;
     unsigned head, nr_seen = 0;
-    int ret;
 
-    ret = uring_wait_for_batch(uring, timeout_ns);
-    if (!ret)
-        ret = uring_wait_for(uring, 1, timeout_ns);
     // EINTR and ETIME are turns without news; EBUSY and EAGAIN ask to reap before more is submitted.
     if (ret < 0 && ret != -EINTR && ret != -ETIME && ret != -EBUSY && ret != -EAGAIN)
         return ret;
-    ring->now_ns = util_now_ns();
+    uring->ring.now_ns = util_now_ns();
     io_uring_for_each_cqe (&uring->io, head, cqe) {
         struct ring_op *op = io_uring_cqe_get_data(cqe);
 
@@ -154,4 +158,37 @@ int uring_wait(struct ring *ring, uint64_t timeout_ns)
     io_uring_cq_advance(&uring->io, nr_seen);
     uring->is_late = !nr_seen;
     return 0;
+}
+
+int uring_wait(struct ring *ring, uint64_t timeout_ns)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    int ret = uring_wait_for_batch(uring, timeout_ns);
+
+    if (!ret)
+        ret = uring_wait_for(uring, 1, timeout_ns);
+    return uring_dispatch(uring, ret);
+}
+
+int uring_poll(struct ring *ring)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct io_uring *io = &uring->io;
+    int ret = 0;
+
+    // Without the flag that tells of completions the kernel has to be asked each time.
+    if (io_uring_sq_ready(io) || !uring->has_taskrun_flag ||
+        (IO_URING_READ_ONCE(*io->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)))
+        ret = uring_wait_for(uring, 0, 0);
+    return uring_dispatch(uring, ret);
+}
+
+// What was queued before is submitted before.
+void uring_cancel(struct ring *ring, struct ring_op *op)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+    struct io_uring_sqe *sqe = uring_get_sqe(uring);
+
+    io_uring_prep_cancel(sqe, op, 0);
+    io_uring_sqe_set_data(sqe, &uring->cancel_op);
 }

@@ -24,12 +24,12 @@
 struct uring {
     struct ring ring;
     struct io_uring io;
-    struct ring_op wake_op; // reads wake_fd
-    struct iovec wake_iov;
-    uint64_t wake_count;
-    unsigned nr_io; // READ, WRITE and FSYNC in flight: completions that will come soon
-    bool is_late;   // the last wait for a batch brought nothing
-    bool has_files, has_buffers;
+    struct ring_op wake_op;   // waits for wake_fd
+    struct ring_op cancel_op; // what a cancellation itself ends as
+    uint64_t event_count;     // where what eventfds counted goes
+    unsigned nr_io;           // READ, WRITE and FSYNC in flight: completions that will come soon
+    bool is_late;             // the last wait for a batch brought nothing
+    bool has_files, has_buffers, has_taskrun_flag;
     bool is_fd_fixed[URING_MAX_FDS];  // fd is registered, in the slot of the same number
     size_t buf_bytes[URING_MAX_BUFS]; // 0: the slot is free
     size_t buf_bytes_left;            // that may still be registered
@@ -38,4 +38,6 @@ struct uring {
 
 void uring_queue(struct ring *ring, struct ring_op *op);
 int uring_wait(struct ring *ring, uint64_t timeout_ns);
+int uring_poll(struct ring *ring);
+void uring_cancel(struct ring *ring, struct ring_op *op);
 void uring_arm_wake(struct uring *uring);

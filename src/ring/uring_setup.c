@@ -19,6 +19,12 @@ static void uring_woken(struct ring_op *op, int res)
     ring_drain_inbox(&uring->ring);
 }
 
+static void uring_cancelled(struct ring_op *op, int res)
+{
+    (void)op;
+    (void)res; // whether the other op was still there, its own done() tells
+}
+
 // Best first: completions run only when the owner asks for them, and nobody else submits (6.1);
 // at least no interrupts of the owner by completions (5.19); any kernel that has io_uring.
 static int uring_init_queue(struct uring *uring, const char **mode)
@@ -27,8 +33,9 @@ static int uring_init_queue(struct uring *uring, const char **mode)
         unsigned flags;
         const char *mode;
     } tries[] = {
-        {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN, "single issuer, deferred task run"},
-        {IORING_SETUP_COOP_TASKRUN, "cooperative task run"},
+        {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+         "single issuer, deferred task run"},
+        {IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG, "cooperative task run"},
         {0, "plain"},
     };
     int ret = -EINVAL;
@@ -41,6 +48,7 @@ static int uring_init_queue(struct uring *uring, const char **mode)
 
         ret = io_uring_queue_init_params(URING_SQ_ENTRIES, &uring->io, &params);
         *mode = tries[i].mode;
+        uring->has_taskrun_flag = tries[i].flags & IORING_SETUP_TASKRUN_FLAG;
     }
     return ret;
 }
@@ -135,14 +143,9 @@ static int uring_create(struct ring **ring, struct err *err)
     snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode, uring->has_files ? ", registered files" : "",
              uring->has_buffers ? ", registered buffers" : "");
     uring->ring.mode = uring->mode;
-    uring->wake_iov = (struct iovec){&uring->wake_count, sizeof(uring->wake_count)};
-    uring->wake_op = (struct ring_op){
-        .done = uring_woken,
-        .code = RING_READ,
-        .fd = uring->ring.wake_fd,
-        .buf_index = -1,
-        .rw = {.iov = &uring->wake_iov, .nr_iov = 1},
-    };
+    uring->cancel_op = (struct ring_op){.done = uring_cancelled, .code = RING_POLL};
+    uring->wake_op =
+        (struct ring_op){.done = uring_woken, .code = RING_EVENT_WAIT, .fd = uring->ring.wake_fd};
     uring_arm_wake(uring);
     *ring = &uring->ring;
     return 0;
@@ -169,6 +172,8 @@ const struct ring_ops ring_uring_ops = {
     .destroy = uring_destroy,
     .queue = uring_queue,
     .wait = uring_wait,
+    .poll = uring_poll,
+    .cancel = uring_cancel,
     .add_fd = uring_add_fd,
     .remove_fd = uring_remove_fd,
     .add_buf = uring_add_buf,

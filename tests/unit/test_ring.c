@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -788,6 +789,150 @@ static void a_shutdown_ends_the_send_that_waits(void **state)
     end_ring(ring);
 }
 
+// ---- Events
+
+static struct tracked event_op(enum ring_code code, int fd)
+{
+    return (struct tracked){.op = {.code = code, .fd = fd}};
+}
+
+// Blocking ones and others: who made the eventfd may change that at any time.
+static void an_event_is_waited_for_and_signalled(void **state)
+{
+    for (unsigned round = 0; round < 4; round++) {
+        int flags = round & 1 ? EFD_NONBLOCK : 0, fd = eventfd(0, EFD_CLOEXEC | flags);
+        struct ring *ring = make_ring(state);
+        struct tracked wait = event_op(RING_EVENT_WAIT, fd), signal = event_op(RING_EVENT_SIGNAL, fd);
+        uint64_t count;
+
+        if (round & 2)
+            ring_add_fd(ring, fd);
+        queue(ring, &wait);
+        queue(ring, &signal);
+        assert_true(run_until_done(ring, &signal) >= 0);
+        assert_true(run_until_done(ring, &wait) >= 0);
+        assert_int_equal(fcntl(fd, F_SETFL, O_NONBLOCK), 0);
+        assert_int_equal(read(fd, &count, sizeof(count)), -1); // the wait has reset it
+        ring_remove_fd(ring, fd);
+        close(fd);
+        end_ring(ring);
+    }
+}
+
+static void a_wait_for_an_event_is_cancelled(void **state)
+{
+    int fd = eventfd(0, EFD_CLOEXEC);
+    struct ring *ring = make_ring(state);
+    struct tracked wait = event_op(RING_EVENT_WAIT, fd);
+
+    queue(ring, &wait);
+    run_for_a_while(ring);
+    assert_int_equal(wait.nr_done, 0);
+    ring_cancel(ring, &wait.op);
+    assert_int_equal(run_until_done(ring, &wait), -ECANCELED);
+    wait.nr_done = 0;
+    queue(ring, &wait); // and at once, before it was submitted
+    ring_cancel(ring, &wait.op);
+    assert_int_equal(run_until_done(ring, &wait), -ECANCELED);
+    ring_remove_fd(ring, fd);
+    close(fd);
+    end_ring(ring);
+}
+
+// One whose counter is full would make a write block.
+static void a_signal_that_nobody_takes_is_cancelled(void **state)
+{
+    uint64_t full = UINT64_MAX - 1;
+    int fd = eventfd(0, EFD_CLOEXEC);
+    struct ring *ring = make_ring(state);
+    struct tracked signal = event_op(RING_EVENT_SIGNAL, fd);
+
+    assert_int_equal(write(fd, &full, sizeof(full)), sizeof(full));
+    queue(ring, &signal);
+    run_for_a_while(ring);
+    assert_int_equal(signal.nr_done, 0);
+    ring_cancel(ring, &signal.op);
+    run_until_done(ring, &signal);
+    ring_remove_fd(ring, fd);
+    close(fd);
+    end_ring(ring);
+}
+
+// ---- Pollers
+
+struct counted {
+    struct ring_poller poller;
+    unsigned nr_left, nr_polls, nr_arms;
+    bool is_shy; // has something just when it is armed
+};
+
+static bool counted_poll(struct ring_poller *poller)
+{
+    struct counted *counted = container_of(poller, struct counted, poller);
+
+    counted->nr_polls++;
+    if (!counted->nr_left)
+        return false;
+    counted->nr_left--;
+    return true;
+}
+
+static bool counted_arm(struct ring_poller *poller)
+{
+    struct counted *counted = container_of(poller, struct counted, poller);
+
+    counted->nr_arms++;
+    if (!counted->is_shy)
+        return true;
+    counted->is_shy = false;
+    counted->nr_left = 1;
+    return false;
+}
+
+static void a_poller_is_asked_until_it_has_nothing_and_armed_before_the_sleep(void **state)
+{
+    struct counted counted = {.poller = {.poll = counted_poll, .arm = counted_arm}, .nr_left = 5};
+    struct tracked timer = {.op = {.code = RING_TIMEOUT, .timeout_ns = 1000000}};
+    struct ring *ring = make_ring(state);
+
+    ring_add_poller(ring, &counted.poller, 0);
+    for (unsigned i = 0; i < 5; i++) {
+        assert_int_equal(ring_run(ring), 0);
+        assert_int_equal(counted.nr_polls, i + 1);
+        assert_int_equal(counted.nr_arms, 0);
+    }
+    counted.is_shy = true;
+    assert_int_equal(ring_run(ring), 0); // would sleep for ever if it went by the first look
+    assert_int_equal(counted.nr_arms, 1);
+    assert_int_equal(ring_run(ring), 0);
+    assert_int_equal(counted.nr_left, 0);
+    queue(ring, &timer);
+    run_until_done(ring, &timer);
+    assert_true(counted.nr_arms >= 2);
+    ring_remove_poller(ring, &counted.poller);
+    counted.nr_polls = 0;
+    timer.nr_done = 0;
+    timer.op.timeout_ns = 1000000;
+    queue(ring, &timer);
+    run_until_done(ring, &timer);
+    assert_int_equal(counted.nr_polls, 0);
+    end_ring(ring);
+}
+
+static void a_ring_looks_for_more_as_long_as_it_is_told_to(void **state)
+{
+    struct counted counted = {.poller = {.poll = counted_poll, .arm = counted_arm}, .nr_left = 2};
+    struct ring *ring = make_ring(state);
+
+    ring_add_poller(ring, &counted.poller, 3600 * NSEC_PER_SEC);
+    for (unsigned i = 0; i < 100; i++)
+        assert_int_equal(ring_run(ring), 0);
+    assert_int_equal(counted.nr_polls, 100);
+    assert_int_equal(counted.nr_arms, 0);
+    ring_remove_poller(ring, &counted.poller);
+    end_ring(ring);
+}
+
 static void poll_tells_what_came(void **state)
 {
     struct ring *ring = make_ring(state);
@@ -975,6 +1120,11 @@ int main(void)
         cmocka_unit_test(the_end_of_a_stream_is_a_recv_of_nothing),
         cmocka_unit_test(a_shutdown_ends_the_recv_that_waits),
         cmocka_unit_test(a_shutdown_ends_the_send_that_waits),
+        cmocka_unit_test(an_event_is_waited_for_and_signalled),
+        cmocka_unit_test(a_wait_for_an_event_is_cancelled),
+        cmocka_unit_test(a_signal_that_nobody_takes_is_cancelled),
+        cmocka_unit_test(a_poller_is_asked_until_it_has_nothing_and_armed_before_the_sleep),
+        cmocka_unit_test(a_ring_looks_for_more_as_long_as_it_is_told_to),
         cmocka_unit_test(poll_tells_what_came),
         cmocka_unit_test(a_call_is_made_on_another_thread_and_done_on_this_one),
         cmocka_unit_test(a_worker_has_an_aligned_buffer_of_its_own),
