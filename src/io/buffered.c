@@ -2,9 +2,11 @@
 //
 //  U1. Reads are tried without blocking on the queue's own thread (RWF_NOWAIT): what is cached costs a
 //      copy and no switch. What is not goes to the ring, many at once.
-//  U2. Writes to one file only fight for its lock: one worker hands them to the kernel in the order in
-//      which they came (writer.c). A write is first tried without blocking, but not while others are
-//      queued: it would overtake them, and fail for the lock anyway.
+//  U2. Writes to one file only fight for its lock: one thread at a time hands them to the kernel, in the
+//      order in which they came. The queue's own does as long as nobody else writes and writes are
+//      quick: without blocking where the file system can tell (XFS), else whole pages, which need no
+//      read. A hundredth of its time it may lose with slow ones, 10 ms at once; what is beyond that is a
+//      worker's (writer.c).
 //  U3. With one worker (--workers 1) everything goes through that thread in order: the loop driver as
 //      it was, the baseline to compare with.
 
@@ -22,11 +24,18 @@
 
 // More than this is a long copy, for which the other requests of the queue would have to wait.
 #define NOWAIT_MAX_BYTES (256 * 1024)
+// A write that is longer is better copied by a worker while this thread receives the next one.
+#define INLINE_WRITE_MAX_BYTES (8 * 1024)
+// A write into the page cache that takes longer did not only copy.
+#define QUICK_NS 500000
+#define SLOW_FACTOR 100
+#define SLOW_BURST_NS NSEC_PER_SEC // 10 ms by the factor: being preempted is not being slow
 
 struct buffered {
     struct io io;
     bool is_single;                                      // U3
     atomic_bool cannot_read_nowait, cannot_write_nowait; // the file system has none; latched
+    _Atomic uint64_t slow_until_ns;                      // U2
     struct writer writer;
 };
 
@@ -57,20 +66,51 @@ static void buffered_read(struct buffered *buffered, struct rq *rq)
         ring_queue(rq->queue->ring, &rq->ring_op);
 }
 
+// A write that may block.
+static int buffered_try_quick(struct buffered *buffered, const struct ring_op *op, uint64_t len_bytes)
+{
+    uint64_t start_ns = util_now_ns(), end_ns;
+    uint64_t slow_until_ns = atomic_load_explicit(&buffered->slow_until_ns, memory_order_relaxed);
+    ssize_t n;
+
+    if (((op->rw.offset_bytes | len_bytes) & 4095) || start_ns < slow_until_ns)
+        return -EAGAIN;
+    n = pwritev2(op->fd, op->rw.iov, (int)op->rw.nr_iov, (off_t)op->rw.offset_bytes, 0);
+    end_ns = util_now_ns();
+    if (end_ns - start_ns > QUICK_NS) {
+        slow_until_ns = max_of(slow_until_ns, end_ns - SLOW_BURST_NS) + SLOW_FACTOR * (end_ns - start_ns);
+        atomic_store_explicit(&buffered->slow_until_ns, slow_until_ns, memory_order_relaxed);
+    }
+    return n > 0 ? (int)n : -EAGAIN;
+}
+
+// U2. Bytes, or an error: then it is for the writer, which tries again and tells.
+static int buffered_try_write(struct buffered *buffered, struct rq *rq)
+{
+    const struct ring_op *op = &rq->ring_op;
+    uint64_t len_bytes = rq_part_bytes(rq);
+    int res = -EOPNOTSUPP;
+
+    if (op->rw_flags || len_bytes > INLINE_WRITE_MAX_BYTES || !writer_try_begin(&buffered->writer))
+        return -EAGAIN;
+    if (!atomic_load_explicit(&buffered->cannot_write_nowait, memory_order_relaxed))
+        res = buffered_try_nowait(op);
+    if (res == -EOPNOTSUPP) {
+        atomic_store_explicit(&buffered->cannot_write_nowait, true, memory_order_relaxed);
+        res = buffered_try_quick(buffered, op, len_bytes);
+    }
+    writer_end(&buffered->writer, rq->queue);
+    return res;
+}
+
 static void buffered_write(struct buffered *buffered, struct rq *rq)
 {
-    if (!atomic_load_explicit(&buffered->cannot_write_nowait, memory_order_relaxed) &&
-        !rq->ring_op.rw_flags && rq_part_bytes(rq) <= NOWAIT_MAX_BYTES && writer_is_idle(&buffered->writer)) {
-        int res = buffered_try_nowait(&rq->ring_op); // U2
+    int res = buffered_try_write(buffered, rq);
 
-        if (res > 0) {
-            rq_part_done(rq, res);
-            return;
-        }
-        if (res == -EOPNOTSUPP)
-            atomic_store(&buffered->cannot_write_nowait, true);
-    }
-    writer_queue(&buffered->writer, rq);
+    if (res > 0)
+        rq_part_done(rq, res);
+    else
+        writer_queue(&buffered->writer, rq);
 }
 
 static void buffered_rw(struct io *io, struct rq *rq)

@@ -86,16 +86,29 @@ static void writer_start_soon(struct writer *writer, struct queue *queue)
     ring_defer(queue->ring, &writer->start_hook);
 }
 
+bool writer_try_begin(struct writer *writer)
+{
+    struct rq *idle = NULL;
+
+    return atomic_compare_exchange_strong(&writer->head, &idle, &writer_busy);
+}
+
 // Idle only if nothing came meanwhile; else whoever came relies on this to go on.
+void writer_end(struct writer *writer, struct queue *queue)
+{
+    struct rq *busy = &writer_busy;
+
+    if (!atomic_compare_exchange_strong(&writer->head, &busy, NULL))
+        writer_start_soon(writer, queue);
+}
+
 static void writer_work_done(struct ring_op *op, int res)
 {
     struct writer *writer = container_of(op, struct writer, op);
     struct queue *queue = writer->queue;
-    struct rq *busy = &writer_busy;
 
     (void)res;
-    if (!atomic_compare_exchange_strong(&writer->head, &busy, NULL))
-        writer_start_soon(writer, queue);
+    writer_end(writer, queue);
     queue_count_out(queue);
 }
 

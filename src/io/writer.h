@@ -7,10 +7,11 @@
 #include "core/rq.h"
 
 struct writer {
-    // NULL: idle. writer_busy: a worker writes, nothing is queued. Else: what is queued, the last
+    // NULL: idle. writer_busy: somebody writes, nothing is queued. Else: what is queued, the last
     // first, down to NULL or writer_busy.
     _Atomic(struct rq *) head;
-    struct ring_op op;   // the worker's job; in flight unless head is NULL
+    struct ring_op
+        op; // the worker's job; in flight unless head is NULL, or between writer_try_begin() and writer_end()
     struct queue *queue; // that has started it
     struct ring_hook start_hook;
 };
@@ -21,7 +22,7 @@ void writer_init(struct writer *writer);
 // rq->ring_op.done called on rq's thread. Any queue's thread.
 void writer_queue(struct writer *writer, struct rq *rq);
 
-static inline bool writer_is_idle(struct writer *writer)
-{
-    return !atomic_load_explicit(&writer->head, memory_order_acquire);
-}
+// Takes the writer's place for a write on this thread, if it is idle: true, and writer_end() is due. Any
+// queue's thread.
+bool writer_try_begin(struct writer *writer);
+void writer_end(struct writer *writer, struct queue *queue);
