@@ -21,17 +21,20 @@
 #include "util/log.h"
 
 enum ring_code {
-    RING_READ,         // preadv2: fd, rw, rw_flags (RWF_*); res: bytes
-    RING_WRITE,        // pwritev2: the same
-    RING_FSYNC,        // fdatasync: fd
-    RING_RECV,         // recv: fd, recv; res: bytes, 0 at end of stream
-    RING_SENDMSG,      // sendmsg: fd, msg; res: bytes, which may be fewer than asked
-    RING_POLL,         // one shot: fd, events (POLLIN...); res: the events that came
-    RING_TIMEOUT,      // timeout_ns from now
-    RING_CALL,         // call() on a worker thread; res: what it returned
+    RING_READ,    // preadv2: fd, rw, rw_flags (RWF_*); res: bytes
+    RING_WRITE,   // pwritev2: the same
+    RING_FSYNC,   // fdatasync: fd
+    RING_RECV,    // recv: fd, recv; res: bytes, 0 at end of stream
+    RING_SENDMSG, // sendmsg: fd, msg; res: bytes, which may be fewer than asked
+    RING_POLL,    // one shot: fd, events (POLLIN...); res: the events that came
+    RING_TIMEOUT, // timeout_ns from now
+    RING_CMD,     // a driver's own command (IORING_OP_URING_CMD): fd, cmd; res: the driver's, or -EOPNOTSUPP
+    RING_CALL,    // call() on a worker thread; res: what it returned
     RING_EVENT_WAIT,   // fd is an eventfd: waits until it is signalled, and resets it
     RING_EVENT_SIGNAL, // the other side of that. Neither can be made to block by who shares the eventfd
 };
+
+#define RING_CMD_BYTES 80 // of data that a command may have
 
 struct ring;
 struct ring_op {
@@ -54,6 +57,13 @@ struct ring_op {
             uint32_t len_bytes;
         } recv;
         struct msghdr *msg;
+        struct {
+            uint32_t op;
+            uint32_t data_bytes;
+            const void *data; // is copied by ring_queue()
+            const void *addr; // the submission's addr and len: what they are is for the driver to say
+            uint32_t len;
+        } cmd;
         uint64_t timeout_ns; // made an absolute time by ring_queue()
         int (*call)(struct ring_op *op);
     };

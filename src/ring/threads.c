@@ -136,6 +136,9 @@ static void threads_queue(struct ring *ring, struct ring_op *op)
     case RING_FSYNC:
         workers_submit(op);
         break;
+    case RING_CMD:
+        ring_post(ring, op, -EOPNOTSUPP);
+        break;
     default:
         *threads->ready_tail = op;
         threads->ready_tail = &op->next;

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <string.h>
 
 #include "util/util.h"
 
@@ -51,11 +52,23 @@ static void uring_prep_rw(struct io_uring_sqe *sqe, const struct ring_op *op)
     sqe->rw_flags = op->rw_flags;
 }
 
+static void uring_prep_cmd(struct io_uring_sqe *sqe, const struct ring_op *op)
+{
+    io_uring_prep_rw(IORING_OP_URING_CMD, sqe, op->fd, op->cmd.addr, op->cmd.len, 0);
+    sqe->cmd_op = op->cmd.op;
+    memcpy(sqe->cmd, op->cmd.data, op->cmd.data_bytes);
+}
+
 void uring_queue(struct ring *ring, struct ring_op *op)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
-    struct io_uring_sqe *sqe = uring_get_sqe(uring);
+    struct io_uring_sqe *sqe;
 
+    if (op->code == RING_CMD && op->cmd.data_bytes > uring->cmd_bytes) {
+        ring_post(ring, op, -EOPNOTSUPP);
+        return;
+    }
+    sqe = uring_get_sqe(uring);
     switch (op->code) {
     case RING_READ:
     case RING_WRITE:
@@ -81,6 +94,9 @@ void uring_queue(struct ring *ring, struct ring_op *op)
         break;
     case RING_EVENT_SIGNAL:
         io_uring_prep_write(sqe, op->fd, &uring_event_one, sizeof(uring_event_one), 0);
+        break;
+    case RING_CMD:
+        uring_prep_cmd(sqe, op);
         break;
     case RING_TIMEOUT:
     case RING_CALL:

@@ -26,16 +26,18 @@ static void uring_cancelled(struct ring_op *op, int res)
 }
 
 // Best first: completions run only when the owner asks for them, and nobody else submits (6.1);
-// at least no interrupts of the owner by completions (5.19); any kernel that has io_uring.
+// at least no interrupts of the owner by completions, and submissions with room for a command's data
+// (5.19); any kernel that has io_uring.
 static int uring_init_queue(struct uring *uring, const char **mode)
 {
     static const struct {
         unsigned flags;
         const char *mode;
     } tries[] = {
-        {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+        {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
+             IORING_SETUP_SQE128,
          "single issuer, deferred task run"},
-        {IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG, "cooperative task run"},
+        {IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SQE128, "cooperative task run"},
         {0, "plain"},
     };
     int ret = -EINVAL;
@@ -136,6 +138,7 @@ static int uring_create(struct ring **ring, struct err *err)
                 strerror(-ret));
         goto out_ring;
     }
+    uring->cmd_bytes = uring->io.flags & IORING_SETUP_SQE128 ? RING_CMD_BYTES : 16;
     uring->has_files = !io_uring_register_files_sparse(&uring->io, URING_MAX_FDS);
     uring->has_buffers = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS);
     uring->buf_bytes_left = uring->has_buffers ? uring_buf_bytes() : 0;

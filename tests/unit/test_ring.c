@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -1071,6 +1072,36 @@ static void workers_start_again_after_they_were_stopped(void **state)
     end_ring(ring);
 }
 
+static int command(struct ring *ring, int fd, uint32_t data_bytes)
+{
+    static const uint8_t data[RING_CMD_BYTES];
+    struct tracked tracked = {
+        .op = {.code = RING_CMD, .fd = fd, .cmd = {.data = data, .data_bytes = data_bytes}}};
+
+    queue(ring, &tracked);
+    return run_until_done(ring, &tracked);
+}
+
+static void a_command_reaches_its_driver_or_is_not_supported(void **state)
+{
+    struct ring *ring = make_ring(state);
+    struct sockaddr_in addr = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t addr_len = sizeof(addr);
+    int fd = scratch_file(), udp = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), res;
+
+    assert_int_equal(command(ring, fd, 0), -EOPNOTSUPP); // files know none
+    assert_int_equal(command(ring, fd, RING_CMD_BYTES), -EOPNOTSUPP);
+    assert_int_equal(bind(udp, (struct sockaddr *)&addr, sizeof(addr)), 0);
+    assert_int_equal(getsockname(udp, (struct sockaddr *)&addr, &addr_len), 0);
+    assert_int_equal(sendto(udp, "hello", 5, 0, (struct sockaddr *)&addr, sizeof(addr)), 5);
+    res = command(ring, udp, 0); // SOCKET_URING_OP_SIOCINQ is 0, since 6.6
+    if (ring->ops == &ring_threads_ops || res != 5)
+        assert_int_equal(res, -EOPNOTSUPP);
+    close(udp);
+    close(fd);
+    end_ring(ring);
+}
+
 // ---- The choice
 
 static void every_kind_is_chosen_by_its_name(void **state)
@@ -1126,6 +1157,7 @@ int main(void)
         cmocka_unit_test(a_poller_is_asked_until_it_has_nothing_and_armed_before_the_sleep),
         cmocka_unit_test(a_ring_looks_for_more_as_long_as_it_is_told_to),
         cmocka_unit_test(poll_tells_what_came),
+        cmocka_unit_test(a_command_reaches_its_driver_or_is_not_supported),
         cmocka_unit_test(a_call_is_made_on_another_thread_and_done_on_this_one),
         cmocka_unit_test(a_worker_has_an_aligned_buffer_of_its_own),
         cmocka_unit_test(calls_run_at_once_also_when_they_come_in_a_burst),

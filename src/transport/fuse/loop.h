@@ -1,0 +1,39 @@
+// The kernel's loop device, put on a file: /dev/loopN.
+//
+//  K1. The kernel reads and writes the file while a loop device is put on it, resized and taken off. Who
+//      serves the file must not be who waits for that: only cold threads and other processes call this.
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "util/log.h"
+
+#define LOOP_DEVICE_BYTES 32
+
+struct loop_options {
+    bool is_read_only;
+    bool is_partscan;     // /dev/loopNpM
+    bool is_buffered;     // false: direct I/O
+    uint32_t block_bytes; // logical block of the device, 512 to 4096; 0: 512
+};
+
+// Puts a free loop device on the file. device: "/dev/loopN". 0, or a negative errno with err set.
+int loop_attach(char device[LOOP_DEVICE_BYTES], const char *path, const struct loop_options *options,
+                struct err *err);
+
+// Takes it off; is_lazy: at its last close, when somebody has it open. -EBUSY with err naming who does.
+int loop_detach(const char *device, bool is_lazy, struct err *err);
+
+// The file has another size: the device as well. 0, or a negative errno with err set.
+int loop_resize(const char *device, struct err *err);
+
+// The file that the device is on, into path, and whether it is on any: 0, -ENXIO, or another negative
+// errno.
+int loop_backing_file(const char *device, char *path, size_t path_bytes);
+
+// Who has the device or one of its partitions: where it is mounted, what is stacked on it, which
+// processes have it open ("mounted on /mnt, opened by mkfs (1234)"). false: nobody that can be seen, and
+// text is empty. Who is not root does not see other users' processes.
+bool loop_holders(const char *device, char *text, size_t text_bytes);
