@@ -304,9 +304,9 @@ static int serve_create_devices(struct serve *serve, struct err *err)
         if (ret < 0)
             return ret;
         serve->devs[serve->nr_devs] = dev;
-        log_verbose("%s: %s, %llu bytes, io %s, map %s, %u queues%s", dev->name, dev->image.path,
-                    (unsigned long long)dev->limits.size_bytes, dev->io->ops->name, dev->map.ops->name,
-                    dev->nr_queues, dev->image.is_read_only ? ", read-only" : "");
+        log_verbose("%s: %s, %llu bytes, io %s, map %s, %u queues%s", dev->name, dev->image->path,
+                    (unsigned long long)dev->limits.size_bytes, dev->io->ops->name, dev->map->ops->name,
+                    dev->nr_queues, dev->image->is_read_only ? ", read-only" : "");
     }
     return 0;
 }

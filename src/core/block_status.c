@@ -12,7 +12,7 @@ int block_status_work(struct rq *rq)
     rq->nr_extents = 0;
     while (at < end) {
         struct extent ext, *last = rq->nr_extents ? &exts[rq->nr_extents - 1] : NULL;
-        int ret = map_extent(&rq->queue->dev->map, at, end - at, false, true, &ext);
+        int ret = map_extent(rq->queue->dev->map, at, end - at, false, true, &ext);
 
         if (ret < 0)
             return ret;

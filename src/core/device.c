@@ -12,7 +12,7 @@ int device_check(const struct device *dev, const struct rq *rq)
 
     if (rq->op == REQ_OP_FLUSH)
         return 0;
-    if (rq_is_write(rq) && dev->image.is_read_only)
+    if (rq_is_write(rq) && dev->image->is_read_only)
         return -EPERM;
     if (rq->offset_bytes > limits->size_bytes || rq->len_bytes > limits->size_bytes - rq->offset_bytes)
         return rq->op == REQ_OP_WRITE || rq->op == REQ_OP_WRITE_ZEROES ? -ENOSPC : -EINVAL;

@@ -8,11 +8,12 @@
 #include "core/flush.h"
 #include "core/limits.h"
 #include "image/image.h"
-#include "map/map.h"
 #include "ring/ring.h"
 #include "util/log.h"
 
+struct image;
 struct io;
+struct map;
 struct queue;
 struct rq;
 
@@ -39,11 +40,14 @@ struct freeze {
 
 struct device {
     char *name;
-    struct image image;
-    struct map map;
+    struct device_options options; // with strings of our own
+
+    // Changed by the main thread, and only while all queues are frozen (change.c).
+    struct image *image;
+    struct map *map;
     struct io *io;
-    struct limits limits;         // changed only while frozen
-    struct durability durability; // changed only while frozen
+    struct limits limits;
+    struct durability durability;
     unsigned depth;
     unsigned nr_queues;
     struct queue *queues;
@@ -71,6 +75,10 @@ void device_freeze(struct device *dev, struct freeze *freeze);
 
 // Ends the active freeze. Any thread.
 void device_unfreeze(struct device *dev);
+
+// What follows from options, and from the image and the io that it has now. For change.c. Main thread, frozen
+// or not started.
+int device_take(struct device *dev, const struct device_options *options);
 
 // One of the queues (lifecycle.c), in turn. Any thread.
 struct queue *device_pick_queue(struct device *dev);

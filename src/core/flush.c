@@ -39,7 +39,7 @@ void flush_write_failed(const struct rq *rq, int error)
 {
     struct device *dev = rq->queue->dev;
 
-    if (flush_rw_flags(rq) && (error == -EIO || !dev->image.is_direct))
+    if (flush_rw_flags(rq) && (error == -EIO || !dev->image->is_direct))
         flush_failed(dev, error); // F2
 }
 

@@ -3,6 +3,8 @@
 //  L1. A freeze: one message to each queue; each tells the device when it is idle; the last one to
 //      do so calls frozen(). All queues are idle from then until device_unfreeze().
 //  L2. Freezes do not overlap: the next one begins after the end of the one before.
+//  L3. While a queue is frozen its ring has nothing of the image registered: another image may take the
+//      place of this one.
 
 #include <assert.h>
 #include <errno.h>
@@ -16,6 +18,7 @@
 #include "core/device.h"
 #include "core/queue.h"
 #include "io/io.h"
+#include "map/map.h"
 #include "util/util.h"
 
 static void queue_freeze(struct ring_op *op, int res)
@@ -35,6 +38,7 @@ static void queue_unfreeze(struct ring_op *op, int res)
 
     (void)res;
     queue->is_frozen = false;
+    ring_add_fd(queue->ring, queue->dev->image->fd); // L3
     queue_restart_held(queue);
 }
 
@@ -43,6 +47,7 @@ void queue_tell_frozen(struct queue *queue)
     struct device *dev = queue->dev;
 
     queue->is_freeze_due = false;
+    ring_remove_fd(queue->ring, dev->image->fd); // L3
     if (atomic_fetch_sub(&dev->nr_unfrozen_queues, 1) == 1) {
         struct freeze *active;
 
@@ -114,7 +119,7 @@ static void *queue_main(void *arg)
 
     start->ret = ret;
     if (!ret)
-        ring_add_fd(queue->ring, queue->dev->image.fd);
+        ring_add_fd(queue->ring, queue->dev->image->fd);
     sem_post(&start->started); // start is gone after this
     if (ret < 0)
         return NULL;
@@ -128,7 +133,7 @@ static void *queue_main(void *arg)
     }
     // The kernel takes a ring apart after the process has ended: what is still registered would stay
     // open until then, and a file system busy.
-    ring_remove_fd(queue->ring, queue->dev->image.fd);
+    ring_remove_fd(queue->ring, queue->dev->image->fd);
     return NULL;
 }
 
@@ -198,37 +203,73 @@ static int device_start_queues(struct device *dev, const struct device_options *
     return 0;
 }
 
+int device_take(struct device *dev, const struct device_options *options)
+{
+    char *io = strdup(options->io), *map = strdup(options->map);
+
+    if (!io || !map) {
+        free(io);
+        free(map);
+        return -ENOMEM;
+    }
+    free((char *)dev->options.io);
+    free((char *)dev->options.map);
+    dev->options = *options;
+    dev->options.name = dev->name;
+    dev->options.io = io;
+    dev->options.map = map;
+    dev->options.image.is_open = false; // that was the first one
+    dev->limits = limits_of(dev->image, options->block_bytes);
+    dev->durability = flush_durability(&(struct durability_in){
+        .is_read_only = dev->image->is_read_only,
+        .is_stored = dev->io->ops->is_stored,
+        .is_sync = dev->image->is_sync,
+    });
+    return 0;
+}
+
+static void device_free(struct device *dev)
+{
+    pthread_mutex_destroy(&dev->freeze_lock);
+    free((char *)dev->options.io);
+    free((char *)dev->options.map);
+    free(dev->image);
+    free(dev->name);
+    free(dev);
+}
+
 int device_create(struct device **out, const char *image_path, const struct device_options *options,
                   struct err *err)
 {
-    struct image_options image_options = options->image;
+    struct device_options taken = *options;
     struct device *dev = calloc(1, sizeof(*dev));
     int ret;
 
-    if (!dev || !(dev->name = strdup(options->name))) {
-        free(dev);
+    if (!dev)
         return err_set(err, -ENOMEM, "%s: out of memory", options->name);
-    }
     pthread_mutex_init(&dev->freeze_lock, NULL);
     dev->depth = options->depth;
-    image_options.want_direct = io_wants_direct(options->io);
-    ret = image_open(&dev->image, image_path, &image_options, err);
+    dev->name = strdup(options->name);
+    dev->image = calloc(1, sizeof(*dev->image));
+    if (!dev->name || !dev->image) {
+        ret = err_set(err, -ENOMEM, "%s: out of memory", options->name);
+        goto out_free;
+    }
+    taken.image.want_direct = io_wants_direct(options->io);
+    ret = image_open(dev->image, image_path, &taken.image, err);
     if (ret < 0)
         goto out_free;
-    ret = io_create(&dev->io, dev, options->io, err);
+    ret = io_create(&dev->io, dev, dev->image, options->io, err);
     if (ret < 0)
         goto out_image;
-    dev->map.image = &dev->image;
-    dev->map.ops = map_find(options->map, err);
-    ret = dev->map.ops ? dev->map.ops->open(&dev->map, err) : -EINVAL;
+    ret = map_create(&dev->map, options->map, dev->image, err);
     if (ret < 0)
         goto out_io;
-    dev->limits = limits_of(&dev->image, options->block_bytes);
-    dev->durability = flush_durability(&(struct durability_in){
-        .is_read_only = dev->image.is_read_only,
-        .is_stored = dev->io->ops->is_stored,
-        .is_sync = dev->image.is_sync,
-    });
+    ret = device_take(dev, &taken);
+    if (ret < 0) {
+        err_set(err, ret, "%s: out of memory", dev->name);
+        goto out_map;
+    }
     ret = device_start_queues(dev, options, err);
     if (ret < 0)
         goto out_map;
@@ -236,16 +277,13 @@ int device_create(struct device **out, const char *image_path, const struct devi
     return 0;
 
 out_map:
-    if (dev->map.ops->close)
-        dev->map.ops->close(&dev->map);
+    map_destroy(dev->map);
 out_io:
     io_destroy(dev->io);
 out_image:
-    image_close(&dev->image);
+    image_close(dev->image);
 out_free:
-    pthread_mutex_destroy(&dev->freeze_lock);
-    free(dev->name);
-    free(dev);
+    device_free(dev);
     return ret;
 }
 
@@ -261,7 +299,7 @@ int device_stop(struct device *dev)
     device_stop_queues(dev, dev->nr_queues);
     if (dev->durability.flush == FLUSH_NOTHING)
         return 0;
-    if (fdatasync(dev->image.fd) < 0)
+    if (fdatasync(dev->image->fd) < 0)
         flush_failed(dev, -errno);
     error = atomic_load(&dev->flush_error);
     return error;
@@ -272,11 +310,8 @@ void device_destroy(struct device *dev)
     for (unsigned i = 0; i < dev->nr_queues; i++)
         ring_destroy(dev->queues[i].ring);
     free(dev->queues);
-    if (dev->map.ops->close)
-        dev->map.ops->close(&dev->map);
+    map_destroy(dev->map);
     io_destroy(dev->io);
-    image_close(&dev->image);
-    pthread_mutex_destroy(&dev->freeze_lock);
-    free(dev->name);
-    free(dev);
+    image_close(dev->image);
+    device_free(dev);
 }

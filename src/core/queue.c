@@ -82,8 +82,7 @@ static void rq_step(struct rq *rq)
     rq_uncut_part(rq); // begins again after rq_hold()
     while (rq->done_bytes < rq->len_bytes) {
         uint64_t left_bytes = rq->len_bytes - rq->done_bytes;
-        int ret =
-            map_extent(&dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false, &rq->ext);
+        int ret = map_extent(dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false, &rq->ext);
 
         if (ret < 0) {
             rq_end(rq, ret);
@@ -152,8 +151,13 @@ void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(stru
 static void rq_start(struct rq *rq)
 {
     struct queue *queue = rq->queue;
+    int error = device_check(queue->dev, rq); // here: a freeze may have changed the limits
 
     queue_count_in(queue);
+    if (error) {
+        rq_end(rq, error);
+        return;
+    }
     switch (rq->op) {
     case REQ_OP_READ:
     case REQ_OP_WRITE:
@@ -172,21 +176,15 @@ static void rq_start(struct rq *rq)
 
 void queue_submit(struct queue *queue, struct rq *rq)
 {
-    int error = device_check(queue->dev, rq);
-
     rq->queue = queue;
     rq->start_ns = queue->ring->now_ns;
     rq->done_bytes = 0;
     rq->iov_cut_bytes = 0;
     stats_add(&queue->stats.nr_inflight, 1);
-    if (error) {
-        queue_count_in(queue);
-        rq_end(rq, error);
-    } else if (queue->is_frozen) {
+    if (queue->is_frozen)
         queue_hold(queue, rq);
-    } else {
+    else
         rq_start(rq);
-    }
 }
 
 void rq_hold(struct rq *rq)

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -48,7 +49,8 @@ static int lock_all(int fd, bool is_read_only)
     // Say what we do and what we do not share, then look whether others mind or do what we do not
     // share. Two that start at once may both be refused, never both let in.
     for (unsigned i = 0; i < PERM_NR_BITS; i++) {
-        if ((used & 1U << i) && (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_PERM_BASE + i)) < 0)
+        ret = lock_byte(fd, F_OFD_SETLK, used & 1U << i ? F_RDLCK : F_UNLCK, LOCK_PERM_BASE + i);
+        if (ret < 0)
             return ret;
         if ((unshared & 1U << i) && (ret = lock_byte(fd, F_OFD_SETLK, F_RDLCK, LOCK_SHARED_BASE + i)) < 0)
             return ret;
@@ -62,7 +64,7 @@ static int lock_all(int fd, bool is_read_only)
     return 0;
 }
 
-static void image_unlock(int fd)
+void image_unlock(int fd)
 {
     // Explicitly: a ring that had fd registered may keep its file open a little longer than we live.
     struct flock lock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
@@ -140,6 +142,13 @@ static int image_check_format(const struct image *image, const struct image_opti
     return ret;
 }
 
+static int image_set_flag(int fd, int flag, bool is_on)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    return fcntl(fd, F_SETFL, is_on ? flags | flag : flags & ~flag) < 0 ? -errno : 0;
+}
+
 static int image_open_fd(struct image *image, const struct image_options *options, struct err *err)
 {
     // O_NONBLOCK: opening a FIFO would wait for its other end. Taken off below: io_uring answers
@@ -149,13 +158,18 @@ static int image_open_fd(struct image *image, const struct image_options *option
     const char *remedy;
     int is_ro;
 
-    if (stat(image->path, &st) < 0)
+    if ((options->is_open ? fstat(options->fd, &st) : stat(image->path, &st)) < 0)
         return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
                        image->path, strerror(errno));
     if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         return err_set(err, -EINVAL, "%s: is %s; only regular files and block devices can be served",
                        image->path, S_ISDIR(st.st_mode) ? "a directory" : "no file of bytes");
     image->is_block_device = S_ISBLK(st.st_mode);
+    if (options->is_open) {
+        image->fd = options->fd;
+        image->is_direct = options->want_direct && !image_set_flag(image->fd, O_DIRECT, true);
+        return 0;
+    }
     if (image->is_block_device && !options->is_read_only)
         flags |= O_EXCL; // refused while it is mounted or otherwise claimed
     for (unsigned i = 0; i < HOLDER_TRIES; i++) {
@@ -168,7 +182,7 @@ static int image_open_fd(struct image *image, const struct image_options *option
         usleep(HOLDER_PAUSE_US);
     }
     if (image->fd >= 0) {
-        fcntl(image->fd, F_SETFL, fcntl(image->fd, F_GETFL) & ~O_NONBLOCK);
+        image_set_flag(image->fd, O_NONBLOCK, false);
         // Root may open it for writing all the same, and gets EPERM for every write.
         if (image->is_block_device && !options->is_read_only && !ioctl(image->fd, BLKROGET, &is_ro) && is_ro)
             return err_set(err, -EROFS, "%s: the device is read-only; use --read-only", image->path);
@@ -244,16 +258,54 @@ static bool image_ignores_direct(const struct image *image)
 
 static void image_check_direct(struct image *image)
 {
-    int flags = fcntl(image->fd, F_GETFL);
-
     if (image->is_direct && image_ignores_direct(image))
         image->is_direct = false;
     image_align(image);
     if (!image->is_direct) {
         image->dio_offset_align = image->dio_mem_align = 1;
-        fcntl(image->fd, F_SETFL, flags & ~O_DIRECT);
+        image_set_flag(image->fd, O_DIRECT, false);
     }
-    image->is_sync = flags & O_DSYNC; // O_SYNC includes it
+    image->is_sync = fcntl(image->fd, F_GETFL) & O_DSYNC; // O_SYNC includes it
+}
+
+// A second way to the file, past O_DIRECT, when its last block is a partial one.
+static int image_open_tail(struct image *image, struct err *err)
+{
+    char path[32];
+
+    if (image->buffered_fd >= 0 || !image->is_direct || image->is_read_only ||
+        image->file_bytes % image->dio_offset_align == 0)
+        return 0;
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", image->fd);
+    image->buffered_fd = open(path, O_RDWR | O_CLOEXEC);
+    return image->buffered_fd < 0 ? err_set(err, -errno, "%s: %s", image->path, strerror(errno)) : 0;
+}
+
+int image_remeasure(struct image *next, const struct image *image, const struct image_options *options,
+                    struct err *err)
+{
+    int ret;
+
+    *next = *image;
+    ret = image_measure(next, options, err);
+    return ret < 0 ? ret : image_open_tail(next, err);
+}
+
+int image_set_direct(struct image *next, const struct image *image, bool is_direct, struct err *err)
+{
+    int ret;
+
+    *next = *image;
+    ret = image_set_flag(image->fd, O_DIRECT, is_direct);
+    next->is_direct = is_direct;
+    if (!ret)
+        image_check_direct(next);
+    if (ret < 0 || next->is_direct != is_direct) {
+        image_set_flag(image->fd, O_DIRECT, image->is_direct);
+        return err_set(err, -EINVAL, "%s: its file system cannot do direct I/O; use io=buffered",
+                       image->path);
+    }
+    return image_open_tail(next, err);
 }
 
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err)
@@ -283,13 +335,9 @@ int image_open(struct image *image, const char *path, const struct image_options
     if (ret < 0)
         goto out;
     image_check_direct(image);
-    if (image->is_direct && !options->is_read_only && image->file_bytes % image->dio_offset_align) {
-        image->buffered_fd = open(path, O_RDWR | O_CLOEXEC);
-        if (image->buffered_fd < 0) {
-            ret = err_set(err, -errno, "%s: %s", path, strerror(errno));
-            goto out;
-        }
-    }
+    ret = image_open_tail(image, err);
+    if (ret < 0)
+        goto out;
     return 0;
 
 out:

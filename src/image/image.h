@@ -10,6 +10,8 @@ struct image_options {
     bool is_read_only;
     bool want_direct;   // O_DIRECT, where the file system can
     bool is_format_raw; // said by the user: what the first bytes look like does not matter
+    bool is_open;       // as fd: by the process that we have it from, and locked
+    int fd;
     uint64_t offset_bytes;
     uint64_t size_limit_bytes; // 0: none
 };
@@ -34,10 +36,20 @@ struct image {
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err);
 void image_close(struct image *image);
 
+// Looks at the image's size again: next is the image as it is now, with the same file descriptors and path
+// but for buffered_fd, which may be a new one. 0 or a negative errno with err set.
+int image_remeasure(struct image *next, const struct image *image, const struct image_options *options,
+                    struct err *err);
+
+// The same for O_DIRECT on or off; -EINVAL where the file system cannot.
+int image_set_direct(struct image *next, const struct image *image, bool is_direct, struct err *err);
+
 // What the first len bytes look like: the name of a disk image format, or NULL.
 const char *image_looks_like(const void *head, unsigned len_bytes);
 
 // The byte-range locks that QEMU takes on images (block/file-posix.c: bytes 100+ are permissions in
 // use, bytes 200+ permissions not shared), by OFD locks: they go when fd is closed.
-// -EAGAIN: somebody else has it, and still had it after a short wait.
+// Takes those, and gives up others that fd had. -EAGAIN: somebody else has it, and still had it after a
+// short wait; nothing is locked then.
 int image_lock(int fd, bool is_read_only);
+void image_unlock(int fd);

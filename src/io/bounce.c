@@ -150,9 +150,9 @@ int bounce_work(struct rq *rq)
     int ret;
 
     if (rq->op == REQ_OP_READ) {
-        ret = bounce_read(&dev->image, rq->ext.offset_bytes, len, rq->iov);
+        ret = bounce_read(dev->image, rq->ext.offset_bytes, len, rq->iov);
     } else {
-        ret = bounce_write(&dev->image, rq->ext.offset_bytes, len, rq->iov, flush_rw_flags(rq));
+        ret = bounce_write(dev->image, rq->ext.offset_bytes, len, rq->iov, flush_rw_flags(rq));
         if (ret < 0)
             flush_write_failed(rq, ret);
     }

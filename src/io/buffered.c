@@ -135,14 +135,14 @@ static void buffered_flush(struct io *io, struct rq *rq)
         return;
     }
     rq->ring_op.code = RING_FSYNC;
-    rq->ring_op.fd = io->dev->image.fd;
+    rq->ring_op.fd = io->dev->image->fd;
     rq->ring_op.ring = rq->queue->ring;
     workers_submit(&rq->ring_op);
 }
 
 static int buffered_prefetch_work(struct rq *rq)
 {
-    const struct image *image = &rq->queue->dev->image;
+    const struct image *image = rq->queue->dev->image;
 
     if (!rq->len_bytes) // would mean the rest of the file
         return 0;

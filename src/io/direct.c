@@ -61,9 +61,9 @@ static void direct_rw(struct io *io, struct rq *rq)
 {
     struct direct *direct = container_of(io, struct direct, io);
     uint64_t start = rq->ext.offset_bytes, end = start + rq_part_bytes(rq);
-    uint64_t align = io->dev->image.dio_offset_align;
+    uint64_t align = io->dev->image->dio_offset_align;
 
-    if (__builtin_expect(direct_is_aligned(&io->dev->image, rq), 1)) {
+    if (__builtin_expect(direct_is_aligned(io->dev->image, rq), 1)) {
         if (rq->op == REQ_OP_WRITE && direct->is_locking)
             direct_lock(rq, start, end, false, direct_aligned_locked);
         else
@@ -96,8 +96,8 @@ static void direct_other_locked(struct ring_op *op, int res)
 static void direct_other(struct io *io, struct rq *rq)
 {
     struct direct *direct = container_of(io, struct direct, io);
-    uint64_t align = io->dev->image.dio_offset_align;
-    uint64_t start = io->dev->image.offset_bytes + rq->offset_bytes, end = start + rq->len_bytes;
+    uint64_t align = io->dev->image->dio_offset_align;
+    uint64_t start = io->dev->image->offset_bytes + rq->offset_bytes, end = start + rq->len_bytes;
     // DISCARD is cut to whole blocks, WRITE_ZEROES may have edges to write.
     bool has_edges = rq->op == REQ_OP_WRITE_ZEROES && ((start | end) & (align - 1));
 

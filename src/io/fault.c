@@ -75,7 +75,7 @@ static bool fault_is_due(struct fault *fault)
 // Some of the part, at least a byte less and not nothing; whole blocks where direct I/O wants them.
 static uint64_t fault_some_bytes(struct fault *fault, const struct rq *rq)
 {
-    uint64_t align = rq->queue->dev->image.dio_offset_align, len = rq_part_bytes(rq);
+    uint64_t align = rq->queue->dev->image->dio_offset_align, len = rq_part_bytes(rq);
     uint64_t some = round_down(fault_random(fault) % len, align);
 
     return some ? some : min_of(align, len);
@@ -83,7 +83,7 @@ static uint64_t fault_some_bytes(struct fault *fault, const struct rq *rq)
 
 static int fault_torn_work(struct rq *rq)
 {
-    const struct image *image = &rq->queue->dev->image;
+    const struct image *image = rq->queue->dev->image;
     uint64_t align = image->dio_offset_align, some = round_down(rq->iov[0].iov_len / 2, align);
 
     // Unaligned: nothing of it, which is torn as well.
@@ -287,7 +287,7 @@ static int fault_init(struct io *io, const char *spec, struct err *err)
     for (unsigned i = 0; i < REQ_OP_NR; i++)
         fault->chance[i].error_code = EIO;
     ret = fault_parse(fault, spec ? spec : "", lower, err);
-    return ret < 0 ? ret : io_create(&io->lower, io->dev, lower, err);
+    return ret < 0 ? ret : io_create(&io->lower, io->dev, io->image, lower, err);
 }
 
 static void fault_exit(struct io *io)

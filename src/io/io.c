@@ -68,6 +68,6 @@ void io_queue_rw(struct rq *rq, void (*done)(struct ring_op *op, int res))
 void io_queue_fsync(struct io *io, struct rq *rq)
 {
     rq->ring_op.code = RING_FSYNC;
-    rq->ring_op.fd = io->dev->image.fd;
+    rq->ring_op.fd = io->dev->image->fd;
     ring_queue(rq->queue->ring, &rq->ring_op);
 }

@@ -9,6 +9,7 @@
 #include "util/log.h"
 
 struct device;
+struct image;
 struct io;
 
 struct io_ops {
@@ -36,6 +37,7 @@ struct io_ops {
 struct io {
     const struct io_ops *ops;
     struct device *dev;
+    const struct image *image;
     struct io *lower; // fault: the io that does the work; NULL for all others
     // What the file below turned out not to be able to; latched once.
     atomic_bool cannot_punch, cannot_zero_range, cannot_discard;
@@ -45,7 +47,8 @@ extern const struct io_ops io_direct_ops, io_buffered_ops, io_null_ops, io_fault
 
 // text: "direct", "buffered", "null" or "fault:SPEC". Where direct was asked for and the image could
 // not be opened so, this is said and buffered taken.
-int io_create(struct io **io, struct device *dev, const char *text, struct err *err);
+int io_create(struct io **io, struct device *dev, const struct image *image, const char *text,
+              struct err *err);
 void io_destroy(struct io *io);
 bool io_wants_direct(const char *text);
 

@@ -36,7 +36,8 @@ bool io_wants_direct(const char *text)
     return ops && ops->wants_direct && ops->wants_direct(spec);
 }
 
-int io_create(struct io **io, struct device *dev, const char *text, struct err *err)
+int io_create(struct io **io, struct device *dev, const struct image *image, const char *text,
+              struct err *err)
 {
     const char *spec;
     const struct io_ops *ops = io_find(text, &spec);
@@ -44,8 +45,8 @@ int io_create(struct io **io, struct device *dev, const char *text, struct err *
 
     if (!ops)
         return err_usage(err, "--io: %s: no such io; use direct, buffered, null or fault:SPEC", text);
-    if (ops == &io_direct_ops && !dev->image.is_direct) {
-        log_line("%s: its file system cannot do direct I/O; using --io buffered", dev->image.path);
+    if (ops == &io_direct_ops && !image->is_direct) {
+        log_line("%s: its file system cannot do direct I/O; using --io buffered", image->path);
         ops = &io_buffered_ops;
     }
     if (spec && !ops->takes_spec)
@@ -55,6 +56,7 @@ int io_create(struct io **io, struct device *dev, const char *text, struct err *
         return err_set(err, -ENOMEM, "--io: %s: out of memory", ops->name);
     (*io)->ops = ops;
     (*io)->dev = dev;
+    (*io)->image = image;
     ret = ops->init ? ops->init(*io, spec, err) : 0;
     if (ret < 0)
         free(*io);

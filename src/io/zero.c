@@ -46,7 +46,7 @@ static int do_fallocate(const struct image *image, int mode, uint64_t offset, ui
 // 0, a real error, or -EOPNOTSUPP: the kernel will not do this for us.
 static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset, uint64_t len)
 {
-    const struct image *image = &io->dev->image;
+    const struct image *image = io->dev->image;
     int ret;
 
     if (!(rq->flags & RQ_NOUNMAP) && !atomic_load(&io->cannot_punch)) {
@@ -65,7 +65,7 @@ static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset
 // A file takes any byte range. A block device takes whole blocks: the edges are written.
 static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset, uint64_t len)
 {
-    const struct image *image = &io->dev->image;
+    const struct image *image = io->dev->image;
     uint64_t align = image->sector_bytes;
     uint64_t end = offset + len, first = round_up(offset, align), last = round_down(end, align);
     int rw_flags = flush_rw_flags(rq), ret = -EOPNOTSUPP;
@@ -86,7 +86,7 @@ static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset
 
 static int zero_discard(struct io *io, uint64_t offset, uint64_t len)
 {
-    const struct image *image = &io->dev->image;
+    const struct image *image = io->dev->image;
     uint64_t align = max_of(image->dio_offset_align, image->sector_bytes);
     uint64_t first = round_up(offset, align), last = round_down(offset + len, align);
     uint64_t range[2] = {first, last - first};
@@ -104,7 +104,7 @@ static int zero_discard(struct io *io, uint64_t offset, uint64_t len)
 int zero_work(struct rq *rq)
 {
     struct device *dev = rq->queue->dev;
-    uint64_t offset = dev->image.offset_bytes + rq->offset_bytes;
+    uint64_t offset = dev->image->offset_bytes + rq->offset_bytes;
     int ret;
 
     if (!rq->len_bytes)
@@ -113,7 +113,7 @@ int zero_work(struct rq *rq)
         ret = zero_discard(dev->io, offset, rq->len_bytes);
     else
         ret = zero_write_zeroes(dev->io, rq, offset, rq->len_bytes);
-    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC && fdatasync(dev->image.fd) < 0) {
+    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC && fdatasync(dev->image->fd) < 0) {
         ret = -errno;
         flush_failed(dev, ret); // F2
     }

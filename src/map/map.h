@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "util/log.h"
@@ -26,6 +27,7 @@ struct map;
 
 struct map_ops {
     const char *name;
+    size_t map_bytes; // of the map's own struct, which begins with a struct map; 0: there is none
     // Required. Any thread; cold. 0 or a negative errno with err set.
     int (*open)(struct map *map, struct err *err);
     // Required. Any thread. Answers for start_bytes and at most len_bytes; less is allowed. 0, or a
@@ -43,8 +45,9 @@ struct map {
 
 extern const struct map_ops map_linear_ops;
 
-// NULL and err set for an unknown name.
-const struct map_ops *map_find(const char *name, struct err *err);
+// The map of that name on an image, which it uses until map_destroy(). 0 or a negative errno with err set.
+int map_create(struct map **map, const char *name, struct image *image, struct err *err);
+void map_destroy(struct map *map);
 
 // The extent at start_bytes, cut to len_bytes (> 0). create: allocates (may_block must be set).
 // !may_block: only what is known without blocking; where the bytes go on the data path.

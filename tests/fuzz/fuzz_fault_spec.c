@@ -9,7 +9,8 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
-    struct device dev = {.image = {.is_direct = true, .dio_offset_align = 512, .dio_mem_align = 4}};
+    struct image image = {.is_direct = true, .dio_offset_align = 512, .dio_mem_align = 4};
+    struct device dev = {.image = &image};
     char *text = malloc(6 + len + 1);
     struct err err = {""};
     struct io *io;
@@ -19,7 +20,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     memcpy(text + 6, data, len);
     text[6 + len] = '\0';
     (void)io_wants_direct(text);
-    ret = io_create(&io, &dev, text, &err);
+    ret = io_create(&io, &dev, &image, text, &err);
     must(ret <= 0);
     if (ret < 0) {
         must(err.line[0] && strlen(err.line) < sizeof(err.line));

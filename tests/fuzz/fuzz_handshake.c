@@ -12,8 +12,11 @@
 #define MAX_OUT_BYTES 4096 // for one message
 
 static char name_a[] = "a", name_b[] = "second";
-static struct device a = {.name = name_a, .limits = {MiB, 1, 4096, LIMITS_MAX_TRANSFER_BYTES}};
-static struct device b = {.name = name_b, .image = {.is_read_only = true}, .limits = {4096, 512, 4096, 4096}};
+static struct image writable, read_only = {.is_read_only = true};
+static struct device a = {.name = name_a,
+                          .image = &writable,
+                          .limits = {MiB, 1, 4096, LIMITS_MAX_TRANSFER_BYTES}};
+static struct device b = {.name = name_b, .image = &read_only, .limits = {4096, 512, 4096, 4096}};
 static struct device *const devs[] = {&a, &b};
 
 static bool is_ours(const struct device *dev)

@@ -39,7 +39,8 @@ static unsigned nr_exts;
 
 static int status(uint64_t offset, uint64_t len, unsigned max, unsigned flags)
 {
-    struct device dev = {.map.ops = &steps_ops};
+    struct map map = {.ops = &steps_ops};
+    struct device dev = {.map = &map};
     struct queue queue = {.dev = &dev};
     struct iovec iov = {exts, max * sizeof(exts[0])};
     struct rq rq = {.op = REQ_OP_BLOCK_STATUS,

@@ -16,8 +16,10 @@ static int check_on(const struct device *dev, enum req_op op, uint64_t offset, u
 
 static struct device device_with(uint64_t size, uint32_t block, bool is_read_only)
 {
+    static struct image writable, read_only = {.is_read_only = true};
+
     return (struct device){
-        .image = {.is_read_only = is_read_only},
+        .image = is_read_only ? &read_only : &writable,
         .limits = {.size_bytes = size,
                    .min_block_bytes = block,
                    .preferred_block_bytes = 4096,

@@ -17,7 +17,7 @@ static struct fixture setup(void **state, uint64_t size_bytes, unsigned nr_queue
     struct fixture fixture = fixture_create(&(struct fixture_options){
         .ring = ring_ops_of(state), .io = "direct", .size_bytes = size_bytes, .nr_queues = nr_queues});
 
-    if (!fixture.dev->image.is_direct) {
+    if (!fixture.dev->image->is_direct) {
         fixture_destroy(&fixture);
         skip();
     }

@@ -11,14 +11,15 @@
 
 static int parse(const char *spec, struct err *err)
 {
-    struct device dev = {.image = {.is_direct = true, .dio_offset_align = 512, .dio_mem_align = 4}};
+    struct image image = {.is_direct = true, .dio_offset_align = 512, .dio_mem_align = 4};
+    struct device dev = {.image = &image};
     char text[200];
     struct io *io;
     int ret;
 
     *err = (struct err){""};
     snprintf(text, sizeof(text), "fault:%s", spec);
-    ret = io_create(&io, &dev, text, err);
+    ret = io_create(&io, &dev, &image, text, err);
     if (!ret)
         io_destroy(io);
     return ret;

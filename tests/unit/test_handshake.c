@@ -8,8 +8,10 @@
 #include "wire.h"
 
 static char name_first[] = "first", name_second[] = "a second one";
+static struct image writable, read_only = {.is_read_only = true};
 static struct device first = {
     .name = name_first,
+    .image = &writable,
     .limits = {.size_bytes = 123456789,
                .min_block_bytes = 1,
                .preferred_block_bytes = 4096,
@@ -18,7 +20,7 @@ static struct device first = {
 };
 static struct device second = {
     .name = name_second,
-    .image = {.is_read_only = true},
+    .image = &read_only,
     .limits = {.size_bytes = 512,
                .min_block_bytes = 512,
                .preferred_block_bytes = 8192,

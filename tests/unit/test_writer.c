@@ -70,7 +70,7 @@ static void submit_all_within(void *arg)
     assert_false(writer_try_begin(&writer));
     submit_all(arg);
     usleep(10000);
-    assert_int_equal(pread(queue->dev->image.fd, check, LEN, 0), LEN);
+    assert_int_equal(pread(queue->dev->image->fd, check, LEN, 0), LEN);
     assert_memory_equal(check, zeroes, LEN);
     writer_end(&writer, queue);
 }

@@ -74,7 +74,7 @@ uint16_t nbd_transmission_flags(const struct device *dev, enum nbd_mode mode)
     // MULTI_CONN: a flush covers the writes of all connections (core/flush.c F1).
     unsigned flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
 
-    if (dev->image.is_read_only)
+    if (dev->image->is_read_only)
         flags |= NBD_FLAG_READ_ONLY;
     else
         flags |= NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;

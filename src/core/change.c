@@ -1,0 +1,390 @@
+// Changes of a device in use. Cold.
+//
+//  H1. The way of a change: a freeze; what is new is opened, and what is old is flushed, on a worker
+//      (it may block); the main thread puts the new in place of the old; unfreeze. A failure before that
+//      has changed nothing.
+//  H2. What is old is closed behind a second freeze: a freeze that the old io had asked for (range_lock.c)
+//      is over by then.
+//  H3. Changes do not overlap: L2 of lifecycle.c.
+//  H4. Who was told that there is no volatile cache would not flush: a device does not come to have one.
+
+#include "core/change.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "io/io.h"
+#include "map/map.h"
+#include "util/util.h"
+
+// ---- What can be asked for
+
+static int set_io(struct device_options *options, const char *value)
+{
+    options->io = value;
+    return strcmp(value, "null") ? 0 : -EINVAL; // H4
+}
+
+static int set_map(struct device_options *options, const char *value)
+{
+    options->map = value;
+    return 0;
+}
+
+static int set_readonly(struct device_options *options, const char *value)
+{
+    options->image.is_read_only = !strcmp(value, "on");
+    return options->image.is_read_only || !strcmp(value, "off") ? 0 : -EINVAL;
+}
+
+static const struct setting {
+    const char *key, *values;
+    // value stays as long as the change. -EINVAL: no such value.
+    int (*set)(struct device_options *options, const char *value);
+} settings[] = {
+    {"readonly", "on or off", set_readonly},
+    {"io", "direct, buffered or fault:SPEC", set_io},
+    {"map", "linear", set_map},
+};
+
+const char *device_change_key(unsigned i, const char **values)
+{
+    if (i >= ARRAY_SIZE(settings))
+        return NULL;
+    *values = settings[i].values;
+    return settings[i].key;
+}
+
+int device_change_set(struct device_change *change, const char *key, const char *value)
+{
+    struct device_options scratch = {0};
+
+    for (unsigned i = 0; i < ARRAY_SIZE(settings); i++) {
+        const struct setting *setting = &settings[i];
+
+        if (strcmp(key, setting->key))
+            continue;
+        if (setting->set(&scratch, value) < 0)
+            return err_usage(&change->err, "%s=%s: no such value; use %s", key, value, setting->values);
+        if (change->nr_sets == DEVICE_CHANGE_MAX_SETS)
+            return err_usage(&change->err, "%s: too many settings; set some of them first", key);
+        change->sets[change->nr_sets].setting = setting;
+        change->sets[change->nr_sets].value = strdup(value);
+        if (!change->sets[change->nr_sets].value)
+            return err_set(&change->err, -ENOMEM, "out of memory");
+        change->nr_sets++;
+        return 0;
+    }
+    return err_usage(&change->err, "%s: cannot be changed; see bight-set(1) for what can be", key);
+}
+
+int device_change_image(struct device_change *change, const char *path)
+{
+    free(change->path);
+    change->path = strdup(path);
+    return change->path ? 0 : err_set(&change->err, -ENOMEM, "out of memory");
+}
+
+// ---- On a worker, frozen
+
+// The same file, for writing, where it was opened for reading only.
+static int change_reopen(struct device_change *change)
+{
+    struct image *old = change->dev->image;
+    struct image_options options = change->options.image;
+    char path[32];
+    int ret;
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", old->fd);
+    options.fd = open(path, O_RDWR | O_CLOEXEC | (old->is_block_device ? O_EXCL : 0));
+    if (options.fd < 0)
+        return err_set(&change->err, -errno, "%s: %s; it stays read-only", old->path, strerror(errno));
+    options.is_open = true;
+    image_unlock(old->fd); // they would be in each other's way
+    ret = image_open(change->image, old->path, &options, &change->err);
+    if (ret < 0)
+        image_lock(old->fd, true);
+    return ret;
+}
+
+static int change_open_image(struct device_change *change)
+{
+    int ret;
+
+    change->image = calloc(1, sizeof(*change->image));
+    if (!change->image)
+        return err_set(&change->err, -ENOMEM, "out of memory");
+    ret = change->path ? image_open(change->image, change->path, &change->options.image, &change->err)
+                       : change_reopen(change);
+    if (ret < 0) {
+        free(change->image);
+        change->image = NULL;
+        return ret;
+    }
+    if (change->path && change->image->size_bytes != change->dev->image->size_bytes)
+        return err_set(&change->err, -EINVAL, "%s: has %llu bytes, %s has %llu; the sizes have to match",
+                       change->path, (unsigned long long)change->image->size_bytes, change->dev->image->path,
+                       (unsigned long long)change->dev->image->size_bytes);
+    return 0;
+}
+
+// Of the image that stays.
+static int change_adjust_image(struct device_change *change)
+{
+    const struct image *image = change->dev->image;
+    const struct image_options *options = &change->options.image;
+    int ret;
+
+    ret = image_remeasure(&change->next, image, options, &change->err);
+    change->is_changed = !ret;
+    if (!ret && options->want_direct != change->dev->options.image.want_direct) {
+        struct image measured = change->next;
+
+        ret = image_set_direct(&change->next, &measured, options->want_direct, &change->err);
+    }
+    if (!ret && options->is_read_only != image->is_read_only) {
+        ret = image_lock(image->fd, options->is_read_only);
+        if (ret < 0) {
+            image_lock(image->fd, image->is_read_only);
+            return err_set(&change->err, ret, "%s: somebody else has it open; it stays read-only",
+                           image->path);
+        }
+        change->next.is_read_only = options->is_read_only;
+    }
+    return ret;
+}
+
+static int change_flush(struct device_change *change)
+{
+    struct device *dev = change->dev;
+    int error;
+
+    if (dev->durability.flush != FLUSH_NOTHING && !atomic_load(&dev->flush_error) &&
+        fdatasync(dev->image->fd) < 0)
+        flush_failed(dev, -errno);
+    error = atomic_load(&dev->flush_error);
+    return error ? err_set(&change->err, error, "%s: flushing: %s; what was written last may be lost",
+                           dev->image->path, strerror(-error))
+                 : 0;
+}
+
+static int change_open_io(struct device_change *change)
+{
+    struct device *dev = change->dev;
+    const struct image *image = change->image ? change->image : &change->next;
+    int ret = io_create(&change->io, dev, image, change->options.io, &change->err);
+
+    if (ret < 0)
+        return ret;
+    if (!change->image)
+        change->io->image = dev->image; // which becomes next
+    if (change->io->ops->is_stored != dev->io->ops->is_stored)
+        return err_usage(&change->err, "io=%s: %s is in use; detach it, and attach it with --io %s",
+                         change->options.io, dev->io->ops->name, change->options.io); // H4
+    return 0;
+}
+
+static int change_open(struct device_change *change)
+{
+    struct device *dev = change->dev;
+    const struct device_options *options = &change->options, *now = &dev->options;
+    bool is_writable;
+    int ret = change_flush(change);
+
+    if (ret < 0)
+        return ret;
+    change->old_flags = fcntl(dev->image->fd, F_GETFL);
+    is_writable = (change->old_flags & O_ACCMODE) == O_RDWR;
+    if (change->path || (!options->image.is_read_only && !is_writable))
+        ret = change_open_image(change);
+    else
+        ret = change_adjust_image(change);
+    if (!ret && (change->image || strcmp(options->io, now->io)))
+        ret = change_open_io(change);
+    if (!ret && (change->image || strcmp(options->map, now->map)))
+        ret =
+            map_create(&change->map, options->map, change->image ? change->image : dev->image, &change->err);
+    return ret;
+}
+
+static void change_close(struct device_change *change)
+{
+    if (change->io)
+        io_destroy(change->io);
+    if (change->map)
+        map_destroy(change->map);
+    if (change->image) {
+        image_close(change->image);
+        free(change->image);
+    }
+    change->io = NULL;
+    change->map = NULL;
+    change->image = NULL;
+}
+
+// Back to what the image was.
+static void change_undo(struct device_change *change)
+{
+    const struct image *image = change->dev->image;
+
+    if (change->is_changed) {
+        if (change->next.buffered_fd != image->buffered_fd)
+            close(change->next.buffered_fd);
+        fcntl(image->fd, F_SETFL, change->old_flags);
+        image_lock(image->fd, image->is_read_only);
+    }
+    if (change->image && !change->path) { // change_reopen()
+        image_unlock(change->image->fd);
+        image_lock(image->fd, image->is_read_only);
+    }
+    change_close(change);
+}
+
+static int change_work(struct ring_op *op)
+{
+    struct device_change *change = container_of(op, struct device_change, op);
+    int ret = change_open(change);
+
+    if (ret < 0)
+        change_undo(change);
+    return ret;
+}
+
+static int change_close_work(struct ring_op *op)
+{
+    change_close(container_of(op, struct device_change, op));
+    return 0;
+}
+
+// ---- From thread to thread
+
+static void change_to_worker(struct device_change *change, int (*work)(struct ring_op *op),
+                             void (*done)(struct ring_op *op, int res))
+{
+    change->op = (struct ring_op){.done = done, .code = RING_CALL, .call = work};
+    ring_queue(change->ring, &change->op);
+}
+
+static void change_to_main(struct device_change *change, void (*done)(struct ring_op *op, int res))
+{
+    change->op = (struct ring_op){.done = done};
+    ring_post(change->ring, &change->op, 0);
+}
+
+static void change_over(struct device_change *change)
+{
+    device_change_end(change);
+    change->done(change, change->error);
+}
+
+static void change_closed(struct ring_op *op, int res)
+{
+    struct device_change *change = container_of(op, struct device_change, op);
+
+    (void)res;
+    device_unfreeze(change->dev);
+    change_over(change);
+}
+
+static void change_may_close(struct ring_op *op, int res)
+{
+    (void)res;
+    change_to_worker(container_of(op, struct device_change, op), change_close_work, change_closed);
+}
+
+static void change_frozen_again(struct freeze *freeze)
+{
+    change_to_main(container_of(freeze, struct device_change, freeze), change_may_close);
+}
+
+// The device has all that is new; change has what was there before. Main thread.
+static void change_swap(struct device_change *change)
+{
+    struct device *dev = change->dev;
+
+    if (change->image) {
+        struct image *old = dev->image;
+
+        dev->image = change->image;
+        change->image = old;
+    }
+    if (change->is_changed)
+        *dev->image = change->next;
+    if (change->io) {
+        struct io *old = dev->io;
+
+        dev->io = change->io;
+        change->io = old;
+    }
+    if (change->map) {
+        struct map *old = dev->map;
+
+        dev->map = change->map;
+        change->map = old;
+    }
+    change->error = device_take(dev, &change->options); // no memory: the options stay untold
+}
+
+static void change_opened(struct ring_op *op, int res)
+{
+    struct device_change *change = container_of(op, struct device_change, op);
+    bool has_old;
+
+    change->error = res;
+    if (!res)
+        change_swap(change); // H1
+    has_old = change->io || change->map || change->image;
+    device_unfreeze(change->dev);
+    if (!has_old) {
+        change_over(change);
+        return;
+    }
+    change->freeze.frozen = change_frozen_again; // H2
+    device_freeze(change->dev, &change->freeze);
+}
+
+static void change_may_open(struct ring_op *op, int res)
+{
+    struct device_change *change = container_of(op, struct device_change, op);
+    struct device_options *options = &change->options;
+
+    (void)res;
+    *options = change->dev->options; // H3: as the changes before this one have left them
+    for (unsigned i = 0; i < change->nr_sets; i++)
+        change->sets[i].setting->set(options, change->sets[i].value);
+    options->image.want_direct = io_wants_direct(options->io);
+    change_to_worker(change, change_work, change_opened);
+}
+
+static void change_frozen(struct freeze *freeze)
+{
+    change_to_main(container_of(freeze, struct device_change, freeze), change_may_open);
+}
+
+void device_change_init(struct device_change *change, struct device *dev, struct ring *ring,
+                        void (*done)(struct device_change *change, int error))
+{
+    *change = (struct device_change){
+        .dev = dev,
+        .ring = ring,
+        .done = done,
+        .freeze.frozen = change_frozen,
+    };
+}
+
+void device_change_start(struct device_change *change)
+{
+    device_freeze(change->dev, &change->freeze);
+}
+
+void device_change_end(struct device_change *change)
+{
+    while (change->nr_sets)
+        free(change->sets[--change->nr_sets].value);
+    free(change->path);
+    change->path = NULL;
+}

@@ -1,0 +1,46 @@
+// Which maps there are. Cold.
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "map/map.h"
+#include "util/util.h"
+
+static const struct map_ops *const map_table[] = {
+    &map_linear_ops,
+};
+
+static const struct map_ops *map_find(const char *name)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(map_table); i++) {
+        if (!strcmp(name, map_table[i]->name))
+            return map_table[i];
+    }
+    return NULL;
+}
+
+int map_create(struct map **map, const char *name, struct image *image, struct err *err)
+{
+    const struct map_ops *ops = map_find(name);
+    int ret;
+
+    if (!ops)
+        return err_usage(err, "--map: %s: no such map; use linear", name);
+    *map = calloc(1, max_of(ops->map_bytes, sizeof(**map)));
+    if (!*map)
+        return err_set(err, -ENOMEM, "--map: %s: out of memory", name);
+    (*map)->ops = ops;
+    (*map)->image = image;
+    ret = ops->open(*map, err);
+    if (ret < 0)
+        free(*map);
+    return ret;
+}
+
+void map_destroy(struct map *map)
+{
+    if (map->ops->close)
+        map->ops->close(map);
+    free(map);
+}
