@@ -7,6 +7,7 @@
 
 static const struct cli_command *const commands[] = {
     &cli_serve,
+    &cli_map,
 };
 
 static int help(FILE *file)

@@ -9,6 +9,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_serve;
+extern const struct cli_command cli_map;
 
 // Exit statuses.
 enum {

@@ -20,10 +20,10 @@ def run(*command):
                           timeout=120).stdout
 
 
-def help_options():
-    """Every option of `bight serve --help`, and what is said about it."""
+def help_options(command="serve"):
+    """Every option of `bight COMMAND --help`, and what is said about it."""
     entries = {}
-    for line in run(BIGHT, "serve", "--help").splitlines():
+    for line in run(BIGHT, command, "--help").splitlines():
         if re.match(r"  -", line):
             names, _, told = line.strip().partition("  ")
             current = OPTION.findall(names)
@@ -74,7 +74,7 @@ def commands_in(lines):
 def examples():
     """Command lines of the README and of the man pages."""
     found = [c for block in code_blocks(text_of("README.md")) for c in commands_in(block)]
-    for page in ("bight.1", "bight-serve.1"):
+    for page in ("bight.1", "bight-map.1", "bight-serve.1"):
         for block in re.findall(r"^\.Bd [^\n]*\n(.*?)^\.Ed", man_section(page, "EXAMPLES"), re.M | re.S):
             found += commands_in(block)
     return found
@@ -114,6 +114,14 @@ class Serve(unittest.TestCase):
         self.assertEqual(run(BIGHT, "serve", "--help"), run(BIGHT, "help", "serve"))
 
 
+class Map(unittest.TestCase):
+    def test_man_page_has_every_option_and_no_other(self):
+        self.assertEqual(sorted(man_items(text_of("man/bight-map.1"))), sorted(help_options("map")))
+
+    def test_completion_has_every_option_and_no_other(self):
+        self.assertEqual(sorted(complete("bight map -")), sorted(help_options("map")))
+
+
 class Overview(unittest.TestCase):
     def setUp(self):
         text = run(BIGHT, "--help")
@@ -134,7 +142,7 @@ class Overview(unittest.TestCase):
 class Completion(unittest.TestCase):
     def test_words(self):
         for line, words in (
-            ("bight ser", "serve"), ("bight help ", "serve"), ("bight help serve ", ""), ("bight nothing ", ""),
+            ("bight ser", "serve"), ("bight help ", "serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
             ("bight serve --io ", "direct buffered null fault:"), ("bight serve --io b", "buffered"),
             ("bight serve --io=b", "buffered"), ("bight serve --map ", "linear"), ("bight serve --format ", "raw"),
             ("bight serve --ring ", "auto uring threads"), ("bight serve --block-size ", "512 1024 2048 4096"),
@@ -197,7 +205,9 @@ class Readme(unittest.TestCase):
         for line in lines:
             with self.subTest(line):
                 self.assertIn(line.split()[1], known)
-                self.assertEqual(set(OPTION.findall(line)) - options, set())
+                command = line.split()[1]
+                allowed = options if command == "serve" else set(help_options(command))
+                self.assertEqual(set(OPTION.findall(line.split("|")[0])) - allowed, set())
 
     def test_options_in_the_text_exist(self):
         options = set(help_options()) | {"--help", "--version"}
