@@ -1,0 +1,303 @@
+#include "writeback/delalloc.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+
+#include "util/util.h"
+
+#define MAX_PLACES (4 * MiB)         // of a byte each
+#define MAX_RUN_BYTES (1024 * MiB)   // one call to the mapper
+#define MARGIN_BYTES (1 * MiB)       // A2: for the file system's metadata, and
+#define MARGIN_SHARE 64              // that part of what is free
+#define LONE_BYTES CACHE_CHUNK_BYTES // a run without neighbours is rounded to this
+
+int delalloc_create(struct delalloc *delalloc, struct page_cache *cache, struct map *map, int space_fd,
+                    uint64_t size_bytes, uint64_t unit_bytes)
+{
+    *delalloc = (struct delalloc){
+        .cache = cache,
+        .map = map,
+        .space_fd = space_fd,
+        .size_bytes = size_bytes,
+        .unit_bytes = unit_bytes,
+        .place_shift = 16, // a chunk
+    };
+    while (size_bytes >> delalloc->place_shift >= MAX_PLACES)
+        delalloc->place_shift++;
+    delalloc->nr_places = (size_bytes >> delalloc->place_shift) + 1;
+    delalloc->places = mmap(NULL, delalloc->nr_places, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (delalloc->places == MAP_FAILED)
+        return -ENOMEM;
+    pthread_mutex_init(&delalloc->lock, NULL);
+    delalloc_refresh(delalloc);
+    return 0;
+}
+
+void delalloc_destroy(struct delalloc *delalloc)
+{
+    pthread_mutex_destroy(&delalloc->lock);
+    munmap(delalloc->places, delalloc->nr_places);
+}
+
+// ---- Places
+
+static uint64_t place_bytes(const struct delalloc *delalloc)
+{
+    return 1ULL << delalloc->place_shift;
+}
+
+// The last one may be short.
+static uint64_t place_end(const struct delalloc *delalloc, uint64_t offset)
+{
+    return min_of(round_down(offset, place_bytes(delalloc)) + place_bytes(delalloc), delalloc->size_bytes);
+}
+
+bool delalloc_needs_space(void *place)
+{
+    return atomic_load_explicit((_Atomic uint8_t *)place, memory_order_relaxed) < PLACE_FRESH;
+}
+
+int delalloc_look_up(struct delalloc *delalloc, uint64_t offset)
+{
+    uint64_t start = round_down(offset, place_bytes(delalloc)), at = start, end = delalloc->size_bytes;
+    struct extent ext;
+    int ret = map_extent(delalloc->map, start, end - start, false, true, &ext);
+
+    if (ret < 0)
+        return ret;
+    end = start + ext.len_bytes;
+    do {
+        bool is_whole = end >= place_end(delalloc, at);
+        uint8_t unknown = PLACE_UNKNOWN;
+        uint8_t known = !is_whole ? PLACE_HOLES : ext.state == EXTENT_HOLE ? PLACE_EMPTY : PLACE_FULL;
+
+        // A3: only the first answer counts.
+        atomic_compare_exchange_strong(delalloc_place(delalloc, at), &unknown, known);
+        at = place_end(delalloc, at);
+    } while (at < end && place_end(delalloc, at) <= end);
+    return 0;
+}
+
+void delalloc_punch(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    pthread_mutex_lock(&delalloc->lock);
+    delalloc->nr_punches++;
+    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+        _Atomic uint8_t *place = delalloc_place(delalloc, at);
+
+        if (atomic_load(place) != PLACE_UNKNOWN)
+            atomic_store(place, PLACE_HOLES);
+    }
+    pthread_mutex_unlock(&delalloc->lock);
+}
+
+static uint64_t nr_punches(struct delalloc *delalloc)
+{
+    uint64_t n;
+
+    pthread_mutex_lock(&delalloc->lock);
+    n = delalloc->nr_punches;
+    pthread_mutex_unlock(&delalloc->lock);
+    return n;
+}
+
+// [start, end) was allocated. false: A3.
+static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t end,
+                             uint64_t nr_punches_then)
+{
+    bool is_current;
+
+    pthread_mutex_lock(&delalloc->lock);
+    is_current = delalloc->nr_punches == nr_punches_then;
+    for (uint64_t at = start; is_current && at < end; at = place_end(delalloc, at)) {
+        _Atomic uint8_t *place = delalloc_place(delalloc, at);
+        uint8_t known = atomic_load(place);
+        bool is_whole = !(at & (place_bytes(delalloc) - 1)) && place_end(delalloc, at) <= end;
+
+        if (!is_whole)
+            known = known == PLACE_EMPTY ? PLACE_HOLES : known;
+        else
+            known = known == PLACE_EMPTY || known == PLACE_FRESH ? PLACE_FRESH : PLACE_FULL;
+        if (known != PLACE_UNKNOWN) // A1: to be looked up
+            atomic_store(place, known);
+    }
+    pthread_mutex_unlock(&delalloc->lock);
+    return is_current;
+}
+
+bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+        if (atomic_load(delalloc_place(delalloc, at)) != PLACE_FRESH)
+            return false;
+    }
+    return true;
+}
+
+uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    uint64_t fresh_end = end;
+
+    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+        uint8_t fresh = PLACE_FRESH;
+
+        if (atomic_compare_exchange_strong(delalloc_place(delalloc, at), &fresh, PLACE_FULL))
+            fresh_end = place_end(delalloc, at);
+    }
+    return max_of(end, fresh_end);
+}
+
+// ---- Space
+
+void delalloc_refresh(struct delalloc *delalloc)
+{
+    struct statvfs fs;
+    int64_t max_delayed = INT64_MAX;
+
+    if (delalloc->space_fd >= 0 && !fstatvfs(delalloc->space_fd, &fs)) {
+        uint64_t free = (uint64_t)fs.f_bavail * fs.f_frsize;
+        uint64_t margin = MARGIN_BYTES + free / MARGIN_SHARE;
+
+        max_delayed = free > margin ? (int64_t)((free - margin) / CACHE_PAGE_BYTES) : 0;
+    }
+    if (!atomic_load(&delalloc->is_tight))
+        atomic_store(&delalloc->cache->max_delayed, max_delayed);
+}
+
+void delalloc_set_tight(struct delalloc *delalloc)
+{
+    atomic_store(&delalloc->is_tight, true);
+    atomic_store(&delalloc->cache->max_delayed, 0);
+}
+
+// ---- Allocation
+
+// What the mapper gave of [start, end) at once, or a negative errno.
+static int64_t call_map(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    struct extent ext;
+    int ret = map_extent(delalloc->map, start, end - start, true, true, &ext);
+
+    atomic_fetch_add(&delalloc->nr_map_calls, 1);
+    return ret < 0 ? ret : (int64_t)ext.len_bytes;
+}
+
+// The last page may be longer than the device.
+static uint64_t pages_end(const struct delalloc *delalloc, uint64_t end)
+{
+    return end == delalloc->size_bytes ? round_up(end, CACHE_PAGE_BYTES) : end;
+}
+
+// All of [start, end). *at: how far it came.
+static int allocate_range(struct delalloc *delalloc, uint64_t start, uint64_t end, uint64_t *at)
+{
+    for (*at = start; *at < end;) {
+        uint64_t nr_punches_then = nr_punches(delalloc);
+        int64_t got = call_map(delalloc, *at, end);
+
+        if (got < 0)
+            return (int)got;
+        atomic_fetch_add(&delalloc->nr_allocated_bytes, (uint64_t)got);
+        delalloc_refresh(delalloc); // A2
+        if (places_allocated(delalloc, *at, *at + (uint64_t)got, nr_punches_then))
+            page_cache_place(delalloc->cache, round_down(*at, CACHE_PAGE_BYTES),
+                             pages_end(delalloc, *at + (uint64_t)got));
+        *at += (uint64_t)got;
+    }
+    return 0;
+}
+
+int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    uint64_t at;
+
+    return allocate_range(delalloc, start, end, &at);
+}
+
+struct run {
+    uint64_t start, end; // of DELAYED pages
+    uint64_t first_end;  // of the first of them without a gap
+    bool has_neighbours;
+};
+
+static bool is_full_between(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+        if (round_down(at, place_bytes(delalloc)) >= start && place_end(delalloc, at) <= end &&
+            atomic_load(delalloc_place(delalloc, at)) >= PLACE_FRESH)
+            return true;
+    }
+    return false;
+}
+
+// The DELAYED pages from offset on, with gaps that rounding to units closes, up to what has its place.
+static struct run find_run(struct delalloc *delalloc, uint64_t offset)
+{
+    uint64_t unit = delalloc->unit_bytes;
+    struct run run = {.start = offset, .end = offset + CACHE_PAGE_BYTES};
+    struct dirty_at next;
+
+    run.first_end = run.end;
+    while (run.end - run.start < MAX_RUN_BYTES &&
+           page_cache_find(delalloc->cache, run.end, round_up(run.end, unit) + unit, true, &next)) {
+        if (next.offset != run.end &&
+            (unit == CACHE_PAGE_BYTES || round_down(next.offset, unit) > round_up(run.end, unit) ||
+             is_full_between(delalloc, run.end, next.offset)))
+            break;
+        if (next.offset != run.end)
+            run.has_neighbours = true;
+        run.end = next.offset + CACHE_PAGE_BYTES;
+        if (!run.has_neighbours)
+            run.first_end = run.end;
+    }
+    return run;
+}
+
+// Rounds a run out, but not into places that need no more.
+static void round_run(struct delalloc *delalloc, const struct run *run, uint64_t *start, uint64_t *end)
+{
+    uint64_t unit = delalloc->unit_bytes;
+
+    // Nothing else is written close by: a file of specks stays small.
+    if (!run->has_neighbours && run->end - run->start < unit)
+        unit = min_of(unit, LONE_BYTES);
+    *start = round_down(run->start, unit);
+    *end = min_of(round_up(run->end, unit), delalloc->size_bytes);
+    while (place_end(delalloc, *start) <= run->start &&
+           atomic_load(delalloc_place(delalloc, *start)) >= PLACE_FRESH)
+        *start = place_end(delalloc, *start);
+    while (round_down(*end - 1, place_bytes(delalloc)) >= run->end &&
+           atomic_load(delalloc_place(delalloc, *end - 1)) >= PLACE_FRESH)
+        *end = round_down(*end - 1, place_bytes(delalloc));
+}
+
+// Whether the file system can give that much more than what is promised.
+static bool has_room(struct delalloc *delalloc, uint64_t bytes)
+{
+    int64_t left = atomic_load(&delalloc->cache->max_delayed) - atomic_load(&delalloc->cache->nr_delayed);
+
+    return left > 0 && (uint64_t)left > bytes / CACHE_PAGE_BYTES;
+}
+
+int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end)
+{
+    struct run run = find_run(delalloc, offset);
+    uint64_t page_end = min_of(offset + CACHE_PAGE_BYTES, delalloc->size_bytes);
+    uint64_t start, at = offset;
+    int ret;
+
+    atomic_fetch_add(&delalloc->nr_runs, 1);
+    round_run(delalloc, &run, &start, end);
+    if (has_room(delalloc, *end - start)) {
+        ret = allocate_range(delalloc, start, *end, &at);
+        if (!ret || at >= page_end)
+            return 0; // the rest has its turn
+    }
+    // Not so much: exactly what was asked.
+    *end = min_of(run.first_end, delalloc->size_bytes);
+    ret = allocate_range(delalloc, offset, *end, &at);
+    return at >= page_end ? 0 : ret;
+}
