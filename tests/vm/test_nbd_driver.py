@@ -6,7 +6,7 @@ NBD = "nbd nbds_max=4"
 SERVE = """
 serve() {
     bight serve --nbd unix:/tmp/sock "$@" /tmp/disk.img 2>/tmp/bight.err & echo $! >/tmp/pid
-    until [ -S /tmp/sock ]; do sleep 0.02; done
+    until [ -S /tmp/sock ]; do kill -0 $! || { cat /tmp/bight.err; return 1; }; sleep 0.02; done
 }
 attach() { nbd-client -unix /tmp/sock /dev/nbd0 -b 512 "$@" >/tmp/nbd-client.out 2>&1 || { cat /tmp/nbd-client.out; exit 1; }; }
 load() {
@@ -58,7 +58,8 @@ class TestNbdDriver(GuestCase):
         self.assertEqual(status, 5, output)
         guest.run(f"""{SERVE}
             umount /mnt; nbd-client -d /dev/nbd0; rm -f /tmp/sock
-            serve; attach
+            serve || { sleep 2; serve; } # the dead one's ring may still have the image open, and locked
+            attach
             e2fsck -p /dev/nbd0 || [ $? = 1 ]; e2fsck -fn /dev/nbd0
             mount /dev/nbd0 /mnt; [ "$(cat /mnt/kept)" = kept ]""")
 
