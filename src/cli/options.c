@@ -34,6 +34,7 @@ static const struct {
     unsigned commands; // that take it
 } options_table[] = {
     {{"nbd", required_argument, NULL, OPT_TRANSPORT}, OPTIONS_BOTH},
+    {{"ublk", optional_argument, NULL, OPT_TRANSPORT + 1}, OPTIONS_BOTH},
     {{"name", required_argument, NULL, OPT_NAME}, OPTIONS_BOTH},
     {{"read-only", no_argument, NULL, OPT_READ_ONLY}, OPTIONS_BOTH},
     {{"io", required_argument, NULL, OPT_IO}, OPTIONS_BOTH},
@@ -85,7 +86,7 @@ static int options_take(struct options *options, int option, const char *arg, st
     if (option >= OPT_TRANSPORT && option < OPT_TRANSPORT + TRANSPORT_NR) {
         struct transport_addrs *addrs = &options->addrs[option - OPT_TRANSPORT];
 
-        addrs->addrs[addrs->nr_addrs++] = arg;
+        addrs->addrs[addrs->nr_addrs++] = arg ? arg : "";
         return 0;
     }
     switch (option) {
@@ -180,6 +181,7 @@ int options_parse(struct options *options, enum options_command command, int arg
     bool is_complete = true;
 
     *options = (struct options){
+        .command = command,
         .device = {.io = "direct", .map = "linear", .nr_queues = default_queues(), .depth = 128},
         .ring_name = "auto",
         .max_connections = 1000,
@@ -225,6 +227,8 @@ int options_hold(const struct options *options, struct transport_holds *holds, s
                            &(struct transport_hold_options){.nr_queues = options->device.nr_queues,
                                                             .depth = options->device.depth,
                                                             .is_read_only =
-                                                                options->device.image.is_read_only},
+                                                                options->device.image.is_read_only,
+                                                            .is_supervised =
+                                                                options->command == OPTIONS_ATTACH},
                            err);
 }

@@ -9,6 +9,8 @@
 // Of --help: what both take.
 #define OPTIONS_HELP                                                                             \
     "  --nbd ADDR           listen on unix:PATH or HOST:PORT; may be repeated\n"                 \
+    "  --ublk[=ID]          be the block device /dev/ublkbID (default: a free one); may be\n"    \
+    "                       repeated: the n-th is the n-th image\n"                              \
     "  --read-only          refuse every write\n"                                                \
     "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                   \
     "  --map MAP            linear\n"                                                            \
@@ -31,6 +33,7 @@ enum options_command {
 };
 
 struct options {
+    enum options_command command;
     struct device_options device;
     const char *ring_name;
     unsigned max_connections, nr_workers;

@@ -14,13 +14,14 @@
 struct device;
 struct transport;
 
-#define TRANSPORT_NR 1         // of them in the table
+#define TRANSPORT_NR 2         // of them in the table
 #define TRANSPORT_MAX_FDS 1024 // LISTEN_FDS that are taken over
 
 // What hold() may want to know before there is a device.
 struct transport_hold_options {
     unsigned nr_queues, depth;
     bool is_read_only;
+    bool is_supervised; // a worker that dies is followed by another one
 };
 
 struct transport_hold {
@@ -87,7 +88,7 @@ struct transport {
 };
 
 extern const struct transport_ops *const transport_table[TRANSPORT_NR];
-extern const struct transport_ops nbd_transport_ops;
+extern const struct transport_ops nbd_transport_ops, ublk_transport_ops;
 
 // Holds every address of addrs (TRANSPORT_NR of them, in the table's order), and listen_fds. 0, or a
 // negative errno with err set and nothing held.

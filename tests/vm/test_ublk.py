@@ -1,0 +1,181 @@
+"""A block device of the kernel's ublk driver: file systems on it, and everything that can happen to it."""
+from guest import GuestCase, long_test
+from harness import BIGHT, need
+
+SERVE = """
+# serve ID OPTION... IMAGE: waits for /dev/ublkbID
+serve() {
+    id=$1; shift
+    bight serve -v --ublk=$id "$@" 2>/tmp/bight.$id & echo $! >/tmp/pid.$id
+    until [ -b /dev/ublkb$id ] && grep -q ' ready' /tmp/bight.$id; do
+        kill -0 $! 2>/dev/null || { cat /tmp/bight.$id; return 1; }
+        sleep 0.02
+    done
+}
+stop() {
+    kill $(cat /tmp/pid.$1)
+    while [ -e /dev/ublkc$1 ]; do sleep 0.02; done
+    while kill -0 $(cat /tmp/pid.$1) 2>/dev/null; do sleep 0.02; done
+}
+load() {
+    tar -C / -cf - usr/bin busybox | tar -C /mnt -xf -
+    dd if=/dev/urandom of=/mnt/random bs=64k count=100 2>/dev/null
+    (cd /mnt; find usr busybox random -type f | xargs md5sum) >/tmp/sums
+}
+"""
+
+
+class UblkCase(GuestCase):
+    def boot(self, *programs, modules=(), size="400M", **options):
+        guest = self.guest(modules=["ublk_drv", *modules], programs=[BIGHT, *programs], **options)
+        guest.run(f"truncate -s {size} /tmp/disk.img")
+        return guest
+
+
+class TestUblk(UblkCase):
+    def test_ext4_made_loaded_checked(self):
+        guest = self.boot("mkfs.ext4", "e2fsck")
+        guest.run(f"""{SERVE}
+            serve 0 /tmp/disk.img
+            mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt
+            load; rm -r /mnt/busybox; umount /mnt; e2fsck -fn /dev/ublkb0
+            stop 0; e2fsck -fn /tmp/disk.img
+            serve 0 /tmp/disk.img; mount -t ext4 /dev/ublkb0 /mnt
+            grep -v busybox /tmp/sums >/tmp/left; cd /mnt; md5sum -c /tmp/left >/dev/null; cd /; umount /mnt
+            stop 0""", timeout=200)
+
+    @need("mkfs.xfs", "xfs_repair")
+    def test_xfs_made_loaded_checked(self):
+        guest = self.boot("mkfs.xfs", "xfs_repair", modules=["xfs"])
+        guest.run(f"""{SERVE}
+            serve 0 --queues 1 /tmp/disk.img
+            mkfs.xfs -q -f /dev/ublkb0; mount -t xfs /dev/ublkb0 /mnt
+            load; umount /mnt; xfs_repair -n /dev/ublkb0
+            mount -t xfs /dev/ublkb0 /mnt; cd /mnt; md5sum -c /tmp/sums >/dev/null; cd /; umount /mnt
+            stop 0""", timeout=200)
+
+    def test_fio_verifies(self):
+        guest = self.boot("fio", memory=768)
+        guest.run(f"""{SERVE}
+            serve 0 /tmp/disk.img
+            fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite \
+                --bsrange=4k-256k --iodepth=32 --size=48m --verify=crc32c --verify_fatal=1 --do_verify=1 --verify_state_save=0 >/tmp/fio 2>&1 ||
+                {{ cat /tmp/fio; exit 1; }}
+            stop 0""", timeout=200)
+
+    def test_limits(self):
+        """What the kernel was told: sizes, queues, cache, read-only."""
+        guest = self.boot()
+        queue = "cd /sys/block/ublkb$id/queue"
+        guest.run(f"""{SERVE}
+            serve 3 --queues 1 /tmp/disk.img
+            {queue}; [ $(cat logical_block_size) = 512 ]; [ $(cat physical_block_size) = 4096 ]
+            [ "$(cat write_cache)" = 'write back' ]; [ $(cat fua) = 1 ]; [ $(ls ../mq | wc -l) = 1 ]
+            [ $(cat discard_granularity) = 4096 ]; [ $(cat discard_max_bytes) -gt 0 ]
+            [ $(blockdev --getsize64 /dev/ublkb3) = {400 << 20} ]; cd /; stop 3
+            serve 4 --block-size 4096 --queues 2 --offset 1M /tmp/disk.img
+            {queue}; [ $(cat logical_block_size) = 4096 ]; [ $(ls ../mq | wc -l) = 2 ]
+            [ $(blockdev --getsize64 /dev/ublkb4) = {399 << 20} ]; cd /; stop 4
+            serve 5 --read-only /tmp/disk.img
+            {queue}; [ "$(cat write_cache)" = 'write through' ]; [ $(cat ../ro) = 1 ]
+            ! dd if=/dev/zero of=/dev/ublkb5 count=1 conv=fsync 2>/dev/null; cd /; stop 5
+            serve 6 --io null /tmp/disk.img
+            {queue}; [ "$(cat write_cache)" = 'write through' ]; cd /; stop 6
+            ls /dev/ublk*; [ "$(ls /dev/ublk*)" = /dev/ublk-control ]""")
+
+    def test_discard_gives_space_back(self):
+        guest = self.boot("mkfs.ext4", "blkdiscard", "fallocate", "cmp", "fstrim")
+        guest.run(f"""{SERVE}
+            used() {{ sync; du -k /tmp/disk.img | cut -f 1; }}
+            serve 0 /tmp/disk.img
+            xs() { dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' x >/tmp/x; for i in $(seq 16); do cat /tmp/x; done; }
+            xs | dd of=/dev/ublkb0 bs=1M iflag=fullblock oflag=direct 2>/dev/null
+            [ $(used) -ge 16384 ]
+            blkdiscard -o 0 -l 8M /dev/ublkb0; [ $(used) -le 8192 ]; cmp -n 8388608 /dev/ublkb0 /dev/zero
+            blkdiscard -z -o 8M -l 1M /dev/ublkb0; cmp -i 8388608:0 -n 1048576 /dev/ublkb0 /dev/zero
+            fallocate -z -o 12M -l 1M /dev/ublkb0; cmp -i 12582912:0 -n 1048576 /dev/ublkb0 /dev/zero
+            [ "$(dd if=/dev/ublkb0 bs=1M skip=10 count=1 2>/dev/null | head -c 3)" = xxx ]
+            mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt
+            xs >/mnt/file; sync; before=$(used); rm /mnt/file; sync; fstrim /mnt
+            [ $(($before - $(used))) -ge 15000 ]; umount /mnt; stop 0""")
+
+    @need("sfdisk")
+    def test_partitions(self):
+        guest = self.boot("sfdisk", "mkfs.ext4")
+        guest.run(f"""{SERVE}
+            serve 0 /tmp/disk.img
+            printf '1M,100M\\n,,\\n' | sfdisk -q /dev/ublkb0; blockdev --rereadpt /dev/ublkb0
+            until [ -b /dev/ublkb0p2 ]; do sleep 0.02; done
+            mkfs.ext4 -q /dev/ublkb0p2; mount /dev/ublkb0p2 /mnt; echo hello >/mnt/hello; umount /mnt; stop 0
+            serve 1 /tmp/disk.img # found by the scan at the start
+            mount /dev/ublkb1p2 /mnt; [ "$(cat /mnt/hello)" = hello ]; umount /mnt; stop 1""")
+
+    def test_several_devices_in_one_process(self):
+        guest = self.boot()
+        guest.run(f"""{SERVE}
+            truncate -s 8M /tmp/two.img; printf 2 >/tmp/two.img; truncate -s 8M /tmp/two.img
+            serve 7 --ublk=8 /tmp/disk.img /tmp/two.img
+            until [ -b /dev/ublkb8 ]; do sleep 0.02; done
+            [ $(blockdev --getsize64 /dev/ublkb7) = {400 << 20} ]; [ $(blockdev --getsize64 /dev/ublkb8) = {8 << 20} ]
+            [ "$(dd if=/dev/ublkb8 bs=1 count=1 2>/dev/null)" = 2 ]
+            stop 7; [ ! -e /dev/ublkc8 ]""")
+
+    def test_refusals(self):
+        guest = self.boot()
+        output = guest.run(f"""{SERVE}
+            truncate -s 8M /tmp/two.img
+            bight serve --ublk=x /tmp/disk.img || echo $?
+            bight serve --ublk --ring threads /tmp/disk.img || echo $?
+            serve 0 /tmp/disk.img
+            bight serve --ublk=0 /tmp/two.img || echo $?
+            [ "$(ls /dev/ublkc*)" = /dev/ublkc0 ]""")
+        self.assertRegex(output, "x: no device number.*\n2\n(.*\n)*.*needs io_uring.*\n2\n(.*\n)*.*device 0 is in use.*\n1\n")
+
+    def test_killed_server(self):
+        """Nobody starts another one: requests fail, nothing hangs, and all can be made again."""
+        guest = self.boot("mkfs.ext4", "e2fsck")
+        load = "while dd if=/dev/zero of=/mnt/big bs=64k count=500 conv=fsync,notrunc; do :; done; exit 5"
+        guest.run(f"""{SERVE}
+            serve 0 /tmp/disk.img
+            mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt; echo kept >/mnt/kept; sync""")
+        job = guest.start(load)
+        guest.run("until [ -e /mnt/big ]; do sleep 0.01; done; kill -9 $(cat /tmp/pid.0)")
+        self.assertEqual(job.wait()[0], 5)
+        guest.run(f"""{SERVE}
+            umount /mnt
+            serve 1 /tmp/disk.img || {{ sleep 2; serve 1 /tmp/disk.img; }}
+            e2fsck -p /dev/ublkb1 || [ $? = 1 ]; e2fsck -fn /dev/ublkb1
+            mount /dev/ublkb1 /mnt; [ "$(cat /mnt/kept)" = kept ]; umount /mnt; stop 1""")
+
+    def test_stopped_while_in_use(self):
+        """SIGTERM with the device open and mounted: what was written before is in the image."""
+        guest = self.boot("mkfs.ext4", "e2fsck")
+        guest.run(f"""{SERVE}
+            serve 0 /tmp/disk.img
+            mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt; echo kept >/mnt/kept; sync
+            kill $(cat /tmp/pid.0); while kill -0 $(cat /tmp/pid.0) 2>/dev/null; do sleep 0.02; done
+            umount /mnt; while [ -e /dev/ublkc0 ]; do sleep 0.02; done
+            serve 1 /tmp/disk.img; mount /dev/ublkb1 /mnt; [ "$(cat /mnt/kept)" = kept ]; umount /mnt
+            exec 9<>/dev/ublkb1; printf x >&9
+            kill $(cat /tmp/pid.1); while kill -0 $(cat /tmp/pid.1) 2>/dev/null; do sleep 0.02; done
+            [ "$(head -c 1 /tmp/disk.img)" = x ]""")
+
+    def test_many_devices(self):
+        """64 at a time; and one made and deleted many times."""
+        guest = self.boot(size="4M")
+        guest.run(f"""{SERVE}
+            n=0; options=; while [ $n -lt 64 ]; do
+                truncate -s 4M /tmp/disk.$n; options="$options --ublk /tmp/disk.$n"; n=$((n + 1))
+            done
+            serve 0 --queues 1 --depth 4 $(echo $options | sed 's/--ublk//') # the first one is ublk0
+            [ $(ls /dev/ublkb* | wc -l) = 64 ]
+            dd if=/dev/zero of=/dev/ublkb63 bs=1M count=4 conv=fsync 2>/dev/null
+            stop 0; while ls /dev/ublkc* >/dev/null 2>&1; do sleep 0.02; done""")
+
+    @long_test
+    def test_made_and_deleted_200_times(self):
+        guest = self.boot(size="4M")
+        guest.run(f"""{SERVE}
+            n=0; while [ $n -lt 200 ]; do
+                serve 0 --depth 8 /tmp/disk.img; dd if=/dev/ublkb0 of=/dev/null bs=64k 2>/dev/null; stop 0; n=$((n + 1))
+            done""", timeout=600)
