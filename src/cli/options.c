@@ -24,6 +24,7 @@ enum {
     OPT_DEPTH,
     OPT_WORKERS,
     OPT_CONNECTIONS,
+    OPT_POLL_US,
     OPT_RING,
 };
 
@@ -35,6 +36,7 @@ static const struct {
 } options_table[] = {
     {{"nbd", required_argument, NULL, OPT_TRANSPORT}, OPTIONS_BOTH},
     {{"ublk", optional_argument, NULL, OPT_TRANSPORT + 1}, OPTIONS_BOTH},
+    {{"vhost-user", required_argument, NULL, OPT_TRANSPORT + 2}, OPTIONS_BOTH},
     {{"name", required_argument, NULL, OPT_NAME}, OPTIONS_BOTH},
     {{"read-only", no_argument, NULL, OPT_READ_ONLY}, OPTIONS_BOTH},
     {{"io", required_argument, NULL, OPT_IO}, OPTIONS_BOTH},
@@ -47,6 +49,7 @@ static const struct {
     {{"depth", required_argument, NULL, OPT_DEPTH}, OPTIONS_BOTH},
     {{"workers", required_argument, NULL, OPT_WORKERS}, OPTIONS_BOTH},
     {{"connections", required_argument, NULL, OPT_CONNECTIONS}, OPTIONS_BOTH},
+    {{"poll-us", required_argument, NULL, OPT_POLL_US}, OPTIONS_BOTH},
     {{"ring", required_argument, NULL, OPT_RING}, OPTIONS_BOTH},
     {{"verbose", no_argument, NULL, 'v'}, OPTIONS_BOTH},
     {{"help", no_argument, NULL, 'h'}, OPTIONS_BOTH},
@@ -82,6 +85,7 @@ static int parse_block_size(const char *text, uint32_t *bytes, struct err *err)
 static int options_take(struct options *options, int option, const char *arg, struct err *err)
 {
     struct device_options *device = &options->device;
+    unsigned long n;
 
     if (option >= OPT_TRANSPORT && option < OPT_TRANSPORT + TRANSPORT_NR) {
         struct transport_addrs *addrs = &options->addrs[option - OPT_TRANSPORT];
@@ -124,6 +128,11 @@ static int options_take(struct options *options, int option, const char *arg, st
         return parse_count("workers", arg, 256, &options->nr_workers, err);
     case OPT_CONNECTIONS:
         return parse_count("connections", arg, 100000, &options->max_connections, err);
+    case OPT_POLL_US:
+        if (util_parse_uint(arg, 0, 1000000, &n) < 0)
+            return err_usage(err, "--poll-us: %s: out of range; use 0 to 1000000", arg);
+        options->poll_us = (unsigned)n;
+        return 0;
     case OPT_RING:
         options->ring_name = arg;
         return 0;
@@ -186,6 +195,7 @@ int options_parse(struct options *options, enum options_command command, int arg
         .ring_name = "auto",
         .max_connections = 1000,
         .nr_workers = 16,
+        .poll_us = 32,
         .names = calloc((size_t)argc, sizeof(*options->names)),
         .images = calloc((size_t)argc, sizeof(*options->images)),
     };

@@ -7,24 +7,27 @@
 #include "transport/transport.h"
 
 // Of --help: what both take.
-#define OPTIONS_HELP                                                                             \
-    "  --nbd ADDR           listen on unix:PATH or HOST:PORT; may be repeated\n"                 \
-    "  --ublk[=ID]          be the block device /dev/ublkbID (default: a free one); may be\n"    \
-    "                       repeated: the n-th is the n-th image\n"                              \
-    "  --read-only          refuse every write\n"                                                \
-    "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                   \
-    "  --map MAP            linear\n"                                                            \
-    "  --offset BYTES       the device begins there in the image\n"                              \
-    "  --size-limit BYTES   the device is no longer than this\n"                                 \
-    "  --block-size BYTES   512 to 4096: the smallest request (default: any byte)\n"             \
-    "  --format raw         serve the bytes as they are, whatever they look like\n"              \
-    "  --queues N           threads that serve requests (default: CPUs, at most 4)\n"            \
-    "  --depth N            requests in flight for each connection (default 128)\n"              \
-    "  --workers N          threads for what blocks (default 16); 1 with --io buffered is the\n" \
-    "                       single-threaded loop\n"                                              \
-    "  --connections N      NBD connections at a time (default 1000)\n"                          \
-    "  --ring RING          auto (default), uring or threads\n"                                  \
-    "  -v, --verbose        tell what is going on\n"                                             \
+#define OPTIONS_HELP                                                                               \
+    "  --nbd ADDR           listen on unix:PATH or HOST:PORT; may be repeated\n"                   \
+    "  --ublk[=ID]          be the block device /dev/ublkbID (default: a free one); may be\n"      \
+    "                       repeated: the n-th is the n-th image\n"                                \
+    "  --vhost-user PATH    serve virtual machines over this unix socket: the first image, as a\n" \
+    "                       virtio disk; may be repeated\n"                                        \
+    "  --read-only          refuse every write\n"                                                  \
+    "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                     \
+    "  --map MAP            linear\n"                                                              \
+    "  --offset BYTES       the device begins there in the image\n"                                \
+    "  --size-limit BYTES   the device is no longer than this\n"                                   \
+    "  --block-size BYTES   512 to 4096: the smallest request (default: any byte)\n"               \
+    "  --format raw         serve the bytes as they are, whatever they look like\n"                \
+    "  --queues N           threads that serve requests (default: CPUs, at most 4)\n"              \
+    "  --depth N            requests in flight for each connection (default 128)\n"                \
+    "  --workers N          threads for what blocks (default 16); 1 with --io buffered is the\n"   \
+    "                       single-threaded loop\n"                                                \
+    "  --connections N      NBD connections at a time (default 1000)\n"                            \
+    "  --poll-us N          vhost-user: how long to look for more before sleeping (default 32)\n"  \
+    "  --ring RING          auto (default), uring or threads\n"                                    \
+    "  -v, --verbose        tell what is going on\n"                                               \
     "  -h, --help\n"
 
 enum options_command {
@@ -36,7 +39,7 @@ struct options {
     enum options_command command;
     struct device_options device;
     const char *ring_name;
-    unsigned max_connections, nr_workers;
+    unsigned max_connections, nr_workers, poll_us;
     struct transport_addrs addrs[TRANSPORT_NR];
     const char **names, **images; // room for all arguments, as in addrs
     unsigned nr_names, nr_images;

@@ -62,7 +62,7 @@ static int serve_run(struct options *options, struct err *err)
     for (unsigned i = 0; i < options->nr_images; i++)
         options->names[i] = options_name(options, i);
     if (!holds.nr_holds)
-        ret = err_usage(err, "no transport is named; use --nbd unix:PATH or HOST:PORT, or --ublk");
+        ret = err_usage(err, "no transport is named; use --nbd ADDR, --vhost-user PATH or --ublk");
     else
         ret = worker_run(&(struct worker_options){.device = options->device,
                                                   .names = options->names,
@@ -71,6 +71,7 @@ static int serve_run(struct options *options, struct err *err)
                                                   .ring_name = options->ring_name,
                                                   .nr_workers = options->nr_workers,
                                                   .max_connections = options->max_connections,
+                                                  .poll_ns = options->poll_us * 1000ULL,
                                                   .holds = &holds,
                                                   .ready = serve_ready,
                                                   .stopping = serve_stopping},

@@ -151,6 +151,7 @@ static int worker_start(struct worker *worker, struct err *err)
                                    .devs = worker->devs,
                                    .nr_devs = worker->nr_devs,
                                    .max_connections = options->max_connections,
+                                   .poll_ns = options->poll_ns,
                                    .ring = worker->ring,
                                },
                                options->holds, err);

@@ -15,6 +15,7 @@ struct worker_options {
     unsigned nr_images;
     const char *ring_name;
     unsigned nr_workers, max_connections;
+    uint64_t poll_ns;                    // of struct transport_options
     const struct transport_holds *holds; // T1 of transport/transport.h: somebody else's
     // All on the main thread. Optional. What is asked for is served from now on; what it begins on the
     // ring is over when worker->nr_pending is 0. 0, or a negative errno with err set: it ends.

@@ -149,7 +149,8 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
     queue->unfreeze_op.done = queue_unfreeze;
     queue->stop_op.done = queue_stop;
     sem_init(&start.started, 0, 0);
-    sigfillset(&all); // signals are for the main thread
+    sigfillset(&all);        // signals are for the main thread
+    sigdelset(&all, SIGBUS); // but this: memory that a client shares may go away
     pthread_sigmask(SIG_SETMASK, &all, &old);
     ret = -pthread_create(&queue->thread, NULL, queue_main, &start);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -115,6 +115,7 @@ static int worker_start(pthread_t *thread)
     int ret;
 
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); // for who touches memory that has gone
     pthread_sigmask(SIG_SETMASK, &all, &old);
     ret = pthread_create(thread, NULL, worker_main, NULL);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

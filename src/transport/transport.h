@@ -14,7 +14,7 @@
 struct device;
 struct transport;
 
-#define TRANSPORT_NR 2         // of them in the table
+#define TRANSPORT_NR 3         // of them in the table
 #define TRANSPORT_MAX_FDS 1024 // LISTEN_FDS that are taken over
 
 // What hold() may want to know before there is a device.
@@ -42,6 +42,7 @@ struct transport_options {
     struct device *const *devs; // the first one is the default
     unsigned nr_devs;
     unsigned max_connections;
+    uint64_t poll_ns;  // vhost-user: how long to look for more requests before sleeping
     struct ring *ring; // the main thread's: the cold part of the transport runs there
 };
 
@@ -88,7 +89,7 @@ struct transport {
 };
 
 extern const struct transport_ops *const transport_table[TRANSPORT_NR];
-extern const struct transport_ops nbd_transport_ops, ublk_transport_ops;
+extern const struct transport_ops nbd_transport_ops, ublk_transport_ops, vhost_user_transport_ops;
 
 // Holds every address of addrs (TRANSPORT_NR of them, in the table's order), and listen_fds. 0, or a
 // negative errno with err set and nothing held.

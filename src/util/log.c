@@ -2,7 +2,14 @@
 
 #include <errno.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
+
+#include "util/util.h"
+
+// log_limited()
+#define LIMITED_LINES 20
+#define LIMITED_NS (60 * NSEC_PER_SEC)
 
 bool log_is_verbose;
 
@@ -22,6 +29,28 @@ void log_line(const char *fmt, ...)
     va_start(ap, fmt);
     log_v(fmt, ap);
     va_end(ap);
+}
+
+void log_limited(const char *fmt, ...)
+{
+    static atomic_uint_fast64_t since_ns;
+    static atomic_uint nr_lines;
+    uint64_t now_ns = util_now_ns();
+    unsigned nr;
+    va_list ap;
+
+    if (now_ns - atomic_load(&since_ns) > LIMITED_NS) {
+        atomic_store(&since_ns, now_ns);
+        atomic_store(&nr_lines, 0);
+    }
+    nr = atomic_fetch_add(&nr_lines, 1);
+    if (nr >= LIMITED_LINES)
+        return;
+    va_start(ap, fmt);
+    log_v(fmt, ap);
+    va_end(ap);
+    if (nr + 1 == LIMITED_LINES)
+        log_line("more of that kind will not be told for a while");
 }
 
 void log_verbose(const char *fmt, ...)

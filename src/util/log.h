@@ -8,7 +8,10 @@ extern bool log_is_verbose;
 // "bight: <message>". Cold code only.
 void log_line(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
-// The same, only with --verbose.
+// The same for what a client can make us say: not more than some lines in a while. Any thread.
+void log_limited(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// The same as log_line, only with --verbose.
 void log_verbose(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // The one line that a user's mistake gets: what, where, why, what to do instead. Filled where the
