@@ -145,6 +145,7 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
     int ret;
 
     queue->held_tail = &queue->held;
+    plug_init(&queue->plug);
     queue->freeze_op.done = queue_freeze;
     queue->unfreeze_op.done = queue_unfreeze;
     queue->stop_op.done = queue_stop;

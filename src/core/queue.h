@@ -14,6 +14,7 @@
 
 #include "core/rq.h"
 #include "core/stats.h"
+#include "io/plug.h"
 
 struct device;
 
@@ -26,6 +27,7 @@ struct queue {
     bool is_freeze_due;           // frozen, and the device has not been told yet
     struct rq *held, **held_tail; // waiting for the end of the freeze
     struct queue_stats stats;
+    struct plug plug;
 
     // Messages from other threads (lifecycle.c).
     struct ring_op freeze_op, unfreeze_op, stop_op;
@@ -38,6 +40,12 @@ void queue_submit(struct queue *queue, struct rq *rq);
 
 // Begins again what was held back; for lifecycle.c.
 void queue_restart_held(struct queue *queue);
+
+// The transport has no more requests at hand. Queue's thread.
+static inline void queue_unplug(struct queue *queue)
+{
+    plug_flush(&queue->plug);
+}
 
 // For an io: takes rq back until the next unfreeze of the device, then begins again with what is not
 // done yet. Queue's thread.

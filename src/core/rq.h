@@ -26,6 +26,7 @@ enum rq_flags {
     RQ_ONE_EXTENT = 1 << 3, // BLOCK_STATUS: one extent is enough
 };
 
+struct io;
 struct queue;
 
 struct rq {
@@ -56,6 +57,9 @@ struct rq {
     uint16_t part_nr_iov;
 
     struct ring_op ring_op;                          // the io's operation in flight
+    struct io *io;                                   // buffered: that works on it
+    struct rq *merged;                               // io/plug.h: served by the same operation
+    uint64_t merged_bytes;                           // the first of them: of all
     int (*work)(struct rq *rq);                      // what a worker thread does for it
     void (*flush_done)(struct ring_op *op, int res); // fault: ring_op.done while it waits
     // The io's, while it has the request.

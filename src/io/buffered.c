@@ -17,6 +17,7 @@
 #include "core/flush.h"
 #include "core/queue.h"
 #include "io/io.h"
+#include "io/plug.h"
 #include "io/writer.h"
 #include "io/zero.h"
 #include "ring/workers.h"
@@ -53,17 +54,18 @@ static int buffered_try_nowait(const struct ring_op *op)
 
 static void buffered_read(struct buffered *buffered, struct rq *rq)
 {
+    struct ring_op *op = &rq->ring_op;
     int res = -EAGAIN;
 
-    if (rq_part_bytes(rq) <= NOWAIT_MAX_BYTES &&
+    if (plug_bytes(rq) <= NOWAIT_MAX_BYTES &&
         !atomic_load_explicit(&buffered->cannot_read_nowait, memory_order_relaxed))
-        res = buffered_try_nowait(&rq->ring_op); // U1
+        res = buffered_try_nowait(op); // U1
     if (res == -EOPNOTSUPP)
         atomic_store(&buffered->cannot_read_nowait, true);
     if (res > 0)
-        rq_part_done(rq, res);
+        op->done(op, res);
     else // 0 as well: the end of the file is looked for where it may block
-        ring_queue(rq->queue->ring, &rq->ring_op);
+        ring_queue(rq->queue->ring, op);
 }
 
 // A write that may block.
@@ -88,10 +90,10 @@ static int buffered_try_quick(struct buffered *buffered, const struct ring_op *o
 static int buffered_try_write(struct buffered *buffered, struct rq *rq)
 {
     const struct ring_op *op = &rq->ring_op;
-    uint64_t len_bytes = rq_part_bytes(rq);
+    uint64_t len_bytes = plug_bytes(rq);
     int res = -EOPNOTSUPP;
 
-    if (op->rw_flags || len_bytes > INLINE_WRITE_MAX_BYTES || !writer_try_begin(&buffered->writer))
+    if (op->rw_flags || rq_part_bytes(rq) > INLINE_WRITE_MAX_BYTES || !writer_try_begin(&buffered->writer))
         return -EAGAIN;
     if (!atomic_load_explicit(&buffered->cannot_write_nowait, memory_order_relaxed))
         res = buffered_try_nowait(op);
@@ -108,22 +110,32 @@ static void buffered_write(struct buffered *buffered, struct rq *rq)
     int res = buffered_try_write(buffered, rq);
 
     if (res > 0)
-        rq_part_done(rq, res);
+        rq->ring_op.done(&rq->ring_op, res);
     else
         writer_queue(&buffered->writer, rq);
+}
+
+static void buffered_issue(struct rq *rq)
+{
+    struct buffered *buffered = container_of(rq->io, struct buffered, io);
+
+    if (rq->op == REQ_OP_READ)
+        buffered_read(buffered, rq);
+    else
+        buffered_write(buffered, rq);
 }
 
 static void buffered_rw(struct io *io, struct rq *rq)
 {
     struct buffered *buffered = container_of(io, struct buffered, io);
 
+    if (!buffered->is_single) {
+        rq->io = io;
+        plug_rw(rq, buffered_issue);
+        return;
+    }
     io_prep_rw(rq, io_rw_done);
-    if (buffered->is_single)
-        workers_submit(&rq->ring_op);
-    else if (rq->op == REQ_OP_READ)
-        buffered_read(buffered, rq);
-    else
-        buffered_write(buffered, rq);
+    workers_submit(&rq->ring_op);
 }
 
 static void buffered_flush(struct io *io, struct rq *rq)

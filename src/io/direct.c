@@ -57,6 +57,11 @@ static void direct_bounce_locked(struct ring_op *op, int res)
     rq_call_worker(container_of(op, struct rq, ring_op), bounce_work, direct_bounce_done);
 }
 
+static void direct_issue(struct rq *rq)
+{
+    ring_queue(rq->queue->ring, &rq->ring_op);
+}
+
 static void direct_rw(struct io *io, struct rq *rq)
 {
     struct direct *direct = container_of(io, struct direct, io);
@@ -67,7 +72,7 @@ static void direct_rw(struct io *io, struct rq *rq)
         if (rq->op == REQ_OP_WRITE && direct->is_locking)
             direct_lock(rq, start, end, false, direct_aligned_locked);
         else
-            io_queue_rw(rq, io_rw_done);
+            plug_rw(rq, direct_issue);
         return;
     }
     if (rq->op == REQ_OP_READ)

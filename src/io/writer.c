@@ -6,6 +6,7 @@
 #include <sys/uio.h>
 
 #include "core/queue.h"
+#include "io/plug.h"
 #include "util/util.h"
 
 // So many results, or so many bytes, are told together.
@@ -51,7 +52,7 @@ static void writer_write_list(struct rq *last)
     for (rq = fifo; rq; rq = next) {
         next = rq->next;
         rq->ring_op.res = writer_write(&rq->ring_op);
-        unposted_bytes += rq_part_bytes(rq);
+        unposted_bytes += plug_bytes(rq);
         if (++nr_unposted < POST_MAX && unposted_bytes < POST_MAX_BYTES && next)
             continue;
         writer_post(unposted, next);

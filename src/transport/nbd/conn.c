@@ -510,6 +510,7 @@ static void conn_parse(struct nbd_conn *conn)
         else
             goes_on = conn_take_request(conn);
     }
+    queue_unplug(conn->queue);
     if (!conn->is_rx_over && !conn->is_stalled)
         conn_arm_recv(conn);
 }
