@@ -58,7 +58,7 @@ class TestNbdDriver(GuestCase):
         self.assertEqual(status, 5, output)
         guest.run(f"""{SERVE}
             umount /mnt; nbd-client -d /dev/nbd0; rm -f /tmp/sock
-            serve || { sleep 2; serve; } # the dead one's ring may still have the image open, and locked
+            serve || {{ sleep 2; serve; }} # the dead one's ring may still have the image open, and locked
             attach
             e2fsck -p /dev/nbd0 || [ $? = 1 ]; e2fsck -fn /dev/nbd0
             mount /dev/nbd0 /mnt; [ "$(cat /mnt/kept)" = kept ]""")
