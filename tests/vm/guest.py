@@ -219,8 +219,8 @@ def _initramfs(path, module_folder, modules, programs, files):
     order = "".join(f"{name} {options.get(name, '')}\n" for name in found)
     archive.add("/modules/order", 0o100644, order.encode())
     for program in programs:
-        path = have(program) or skip(f"not installed: {program}")
-        archive.program(path, "/usr/bin/" + os.path.basename(program))
+        found = have(program) or skip(f"not installed: {program}")
+        archive.program(found, "/usr/bin/" + os.path.basename(program))
     for name, data in files.items():
         archive.add(name, 0o100755, data.encode() if isinstance(data, str) else data)
     archive.write(path)
