@@ -9,6 +9,7 @@
 #include "util/log.h"
 #include "util/notify.h"
 #include "util/util.h"
+#include "writeback/writeback.h"
 
 enum {
     OPT_TRANSPORT = 256, // and those of transport_table[1...]
@@ -20,6 +21,9 @@ enum {
     OPT_SIZE_LIMIT,
     OPT_BLOCK_SIZE,
     OPT_FORMAT,
+    OPT_WRITEBACK,
+    OPT_ALLOCATION_UNIT,
+    OPT_EXTENT_SIZE_HINT,
     OPT_QUEUES,
     OPT_DEPTH,
     OPT_WORKERS,
@@ -45,6 +49,9 @@ static const struct {
     {{"size-limit", required_argument, NULL, OPT_SIZE_LIMIT}, OPTIONS_BOTH},
     {{"block-size", required_argument, NULL, OPT_BLOCK_SIZE}, OPTIONS_BOTH},
     {{"format", required_argument, NULL, OPT_FORMAT}, OPTIONS_BOTH},
+    {{"writeback", optional_argument, NULL, OPT_WRITEBACK}, OPTIONS_BOTH},
+    {{"allocation-unit", required_argument, NULL, OPT_ALLOCATION_UNIT}, OPTIONS_BOTH},
+    {{"extent-size-hint", required_argument, NULL, OPT_EXTENT_SIZE_HINT}, OPTIONS_BOTH},
     {{"queues", required_argument, NULL, OPT_QUEUES}, OPTIONS_BOTH},
     {{"depth", required_argument, NULL, OPT_DEPTH}, OPTIONS_BOTH},
     {{"workers", required_argument, NULL, OPT_WORKERS}, OPTIONS_BOTH},
@@ -79,6 +86,14 @@ static int parse_block_size(const char *text, uint32_t *bytes, struct err *err)
     if (util_parse_size(text, &n) < 0 || n < 512 || n > 4096 || !is_power_of_2(n))
         return err_usage(err, "--block-size: %s: use 512, 1024, 2048 or 4096", text);
     *bytes = (uint32_t)n;
+    return 0;
+}
+
+static int parse_unit(const char *option, const char *text, uint64_t max, uint64_t *bytes, struct err *err)
+{
+    if (util_parse_size(text, bytes) < 0 || *bytes < 4096 || *bytes > max || !is_power_of_2(*bytes))
+        return err_usage(err, "--%s: %s: use a power of two from 4K to %lluG", option, text,
+                         (unsigned long long)(max >> 30));
     return 0;
 }
 
@@ -120,6 +135,14 @@ static int options_take(struct options *options, int option, const char *arg, st
             return err_usage(err, "--format: %s: not known; use raw", arg);
         device->image.is_format_raw = true;
         return 0;
+    case OPT_WRITEBACK:
+        if (writeback_parse(arg ? arg : "on", &device->writeback_bytes) < 0)
+            return err_usage(err, "--writeback: %s: use a size from 1M to 1T, or none for 64M", arg);
+        return 0;
+    case OPT_ALLOCATION_UNIT:
+        return parse_unit("allocation-unit", arg, 1024 * MiB, &device->allocation_unit_bytes, err);
+    case OPT_EXTENT_SIZE_HINT:
+        return parse_unit("extent-size-hint", arg, 1024 * MiB, &device->extent_size_hint_bytes, err);
     case OPT_QUEUES:
         return parse_count("queues", arg, 64, &device->nr_queues, err);
     case OPT_DEPTH:

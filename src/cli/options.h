@@ -20,6 +20,9 @@
     "  --size-limit BYTES   the device is no longer than this\n"                                   \
     "  --block-size BYTES   512 to 4096: the smallest request (default: any byte)\n"               \
     "  --format raw         serve the bytes as they are, whatever they look like\n"                \
+    "  --writeback[=SIZE]   cache writes in SIZE of memory (64M), and allocate in large pieces\n"  \
+    "  --allocation-unit N  what --writeback rounds allocations to, 4K to 1G (1M)\n"               \
+    "  --extent-size-hint N have XFS allocate in pieces of N: the simpler remedy\n"                \
     "  --queues N           threads that serve requests (default: CPUs, at most 4)\n"              \
     "  --depth N            requests in flight for each connection (default 128)\n"                \
     "  --workers N          threads for what blocks (default 16); 1 with --io buffered is the\n"   \

@@ -6,6 +6,7 @@
 //  H2. What is old is closed behind a second freeze: a freeze that the old io had asked for (range_lock.c)
 //      is over by then.
 //  H3. Changes do not overlap: L2 of lifecycle.c.
+//  H5. What write-back holds is drained first, while frozen; write-back itself is always made anew.
 //  H4. Who was told that there is no volatile cache would not flush: a device does not come to have one.
 
 #include "core/change.h"
@@ -41,6 +42,11 @@ static int set_readonly(struct device_options *options, const char *value)
     return options->image.is_read_only || !strcmp(value, "off") ? 0 : -EINVAL;
 }
 
+static int set_writeback(struct device_options *options, const char *value)
+{
+    return writeback_parse(value, &options->writeback_bytes);
+}
+
 static const struct setting {
     const char *key, *values;
     // value stays as long as the change. -EINVAL: no such value.
@@ -49,6 +55,7 @@ static const struct setting {
     {"readonly", "on or off", set_readonly},
     {"io", "direct, buffered or fault:SPEC", set_io},
     {"map", "linear", set_map},
+    {"writeback", "off, on or a size from 1M on", set_writeback},
 };
 
 const char *device_change_key(unsigned i, const char **values)
@@ -188,6 +195,24 @@ static int change_open_io(struct device_change *change)
     return 0;
 }
 
+// On what is new, measured anew.
+static int change_create_writeback(struct device_change *change)
+{
+    struct device *dev = change->dev;
+    const struct image *image = change->image ? change->image : &change->next;
+    int ret = device_create_writeback(&change->writeback, dev, &change->options, image,
+                                      change->map ? change->map : dev->map, change->io ? change->io : dev->io,
+                                      &change->err);
+
+    if (!ret && change->writeback && !dev->writeback && !dev->image->is_read_only &&
+        !dev->durability.has_volatile_cache)
+        return err_usage(&change->err,
+                         "writeback: %s has no volatile cache, and its clients know that; detach it, "
+                         "and attach it with --writeback",
+                         dev->image->path); // H4
+    return ret;
+}
+
 static int change_open(struct device_change *change)
 {
     struct device *dev = change->dev;
@@ -208,11 +233,13 @@ static int change_open(struct device_change *change)
     if (!ret && (change->image || strcmp(options->map, now->map)))
         ret =
             map_create(&change->map, options->map, change->image ? change->image : dev->image, &change->err);
-    return ret;
+    return ret ? ret : change_create_writeback(change);
 }
 
 static void change_close(struct device_change *change)
 {
+    if (change->writeback)
+        writeback_destroy(change->writeback);
     if (change->io)
         io_destroy(change->io);
     if (change->map)
@@ -221,6 +248,7 @@ static void change_close(struct device_change *change)
         image_close(change->image);
         free(change->image);
     }
+    change->writeback = NULL;
     change->io = NULL;
     change->map = NULL;
     change->image = NULL;
@@ -305,6 +333,7 @@ static void change_frozen_again(struct freeze *freeze)
 static void change_swap(struct device_change *change)
 {
     struct device *dev = change->dev;
+    struct writeback *old_writeback;
 
     if (change->image) {
         struct image *old = dev->image;
@@ -326,6 +355,9 @@ static void change_swap(struct device_change *change)
         dev->map = change->map;
         change->map = old;
     }
+    old_writeback = dev->writeback;
+    dev->writeback = change->writeback;
+    change->writeback = old_writeback;
     change->error = device_take(dev, &change->options); // no memory: the options stay untold
 }
 
@@ -337,7 +369,7 @@ static void change_opened(struct ring_op *op, int res)
     change->error = res;
     if (!res)
         change_swap(change); // H1
-    has_old = change->io || change->map || change->image;
+    has_old = change->io || change->map || change->image || change->writeback;
     device_unfreeze(change->dev);
     if (!has_old) {
         change_over(change);
@@ -345,6 +377,29 @@ static void change_opened(struct ring_op *op, int res)
     }
     change->freeze.frozen = change_frozen_again; // H2
     device_freeze(change->dev, &change->freeze);
+}
+
+static void change_drained(struct ring_op *op, int res)
+{
+    struct device_change *change = container_of(op, struct device_change, op);
+
+    if (!res) {
+        change_to_worker(change, change_work, change_opened);
+        return;
+    }
+    err_set(&change->err, res, "%s: %s: what is cached cannot be written; nothing was changed",
+            change->dev->image->path, strerror(-res));
+    change_opened(op, res);
+}
+
+// First queue's thread.
+static void change_drain_done(struct writeback_drain *drain, int error, uint64_t lost_bytes)
+{
+    struct device_change *change = container_of(drain, struct device_change, drain);
+
+    (void)lost_bytes;
+    change->op = (struct ring_op){.done = change_drained};
+    ring_post(change->ring, &change->op, error);
 }
 
 static void change_may_open(struct ring_op *op, int res)
@@ -357,7 +412,10 @@ static void change_may_open(struct ring_op *op, int res)
     for (unsigned i = 0; i < change->nr_sets; i++)
         change->sets[i].setting->set(options, change->sets[i].value);
     options->image.want_direct = io_wants_direct(options->io);
-    change_to_worker(change, change_work, change_opened);
+    if (change->dev->writeback) // H5
+        writeback_drain(change->dev->writeback, &change->drain);
+    else
+        change_to_worker(change, change_work, change_opened);
 }
 
 static void change_frozen(struct freeze *freeze)
@@ -373,6 +431,7 @@ void device_change_init(struct device_change *change, struct device *dev, struct
         .ring = ring,
         .done = done,
         .freeze.frozen = change_frozen,
+        .drain.done = change_drain_done,
     };
 }
 

@@ -3,6 +3,7 @@
 
 #include "core/device.h"
 #include "image/image.h"
+#include "writeback/writeback.h"
 
 #define DEVICE_CHANGE_MAX_SETS 16
 
@@ -31,6 +32,8 @@ struct device_change {
     struct image *image;
     struct map *map;
     struct io *io;
+    struct writeback *writeback; // takes the place of the device's in any case
+    struct writeback_drain drain;
 };
 
 // ring: the main thread's, where done() will be called with 0 or a negative errno.

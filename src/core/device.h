@@ -16,6 +16,7 @@ struct io;
 struct map;
 struct queue;
 struct rq;
+struct writeback;
 
 #define DEVICE_NAME_MAX 4096
 
@@ -26,7 +27,10 @@ struct device_options {
     const struct ring_ops *ring;
     unsigned nr_queues;
     unsigned depth;
-    uint32_t block_bytes; // 0: any
+    uint32_t block_bytes;            // 0: any
+    uint64_t writeback_bytes;        // of memory for write-back; 0: none
+    uint64_t allocation_unit_bytes;  // of write-back; 0: WRITEBACK_UNIT_BYTES
+    uint64_t extent_size_hint_bytes; // set on the image; 0: not
     struct image_options image;
 };
 
@@ -51,8 +55,9 @@ struct device {
     unsigned depth;
     unsigned nr_queues;
     struct queue *queues;
-    atomic_uint next_queue; // for device_pick_queue()
-    atomic_int flush_error; // sticky (core/flush.c F2)
+    struct writeback *writeback; // NULL: requests go straight to map and io
+    atomic_uint next_queue;      // for device_pick_queue()
+    atomic_int flush_error;      // sticky (core/flush.c F2)
 
     // Freezes are done one after the other, first come first served.
     pthread_mutex_t freeze_lock;
@@ -79,6 +84,11 @@ void device_unfreeze(struct device *dev);
 // What follows from options, and from the image and the io that it has now. For change.c. Main thread, frozen
 // or not started.
 int device_take(struct device *dev, const struct device_options *options);
+
+// The write-back that options want on these, or NULL. 0 or a negative errno with err set.
+int device_create_writeback(struct writeback **writeback, struct device *dev,
+                            const struct device_options *options, const struct image *image, struct map *map,
+                            struct io *io, struct err *err);
 
 // One of the queues (lifecycle.c), in turn. Any thread.
 struct queue *device_pick_queue(struct device *dev);

@@ -20,7 +20,7 @@
 struct durability flush_durability(const struct durability_in *in)
 {
     // Nothing is written, nothing is kept, or all is on the disk before a write is complete.
-    if (in->is_read_only || !in->is_stored || in->is_sync)
+    if (in->is_read_only || !in->is_stored || (in->is_sync && !in->has_writeback))
         return (struct durability){false, FLUSH_NOTHING, FUA_NOTHING};
     // Direct I/O as well: the disk below has a cache, and a file has metadata.
     return (struct durability){true, FLUSH_FDATASYNC, FUA_DSYNC};

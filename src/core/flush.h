@@ -15,8 +15,9 @@ enum fua_action {
 
 struct durability_in {
     bool is_read_only;
-    bool is_stored; // the io keeps what is written (false: null)
-    bool is_sync;   // the fd was opened with O_SYNC or O_DSYNC
+    bool is_stored;     // the io keeps what is written (false: null)
+    bool is_sync;       // the fd was opened with O_SYNC or O_DSYNC
+    bool has_writeback; // what is written stays with us at first
 };
 
 struct durability {

@@ -20,6 +20,7 @@
 #include "io/io.h"
 #include "map/map.h"
 #include "util/util.h"
+#include "writeback/writeback.h"
 
 static void queue_freeze(struct ring_op *op, int res)
 {
@@ -226,8 +227,26 @@ int device_take(struct device *dev, const struct device_options *options)
         .is_read_only = dev->image->is_read_only,
         .is_stored = dev->io->ops->is_stored,
         .is_sync = dev->image->is_sync,
+        .has_writeback = dev->writeback,
     });
     return 0;
+}
+
+int device_create_writeback(struct writeback **writeback, struct device *dev,
+                            const struct device_options *options, const struct image *image, struct map *map,
+                            struct io *io, struct err *err)
+{
+    uint64_t unit_bytes = options->allocation_unit_bytes;
+
+    *writeback = NULL;
+    if (!options->writeback_bytes || image->is_read_only)
+        return 0;
+    return writeback_create(writeback, dev,
+                            &(struct writeback_options){
+                                .size_bytes = options->writeback_bytes,
+                                .unit_bytes = unit_bytes ? unit_bytes : WRITEBACK_UNIT_BYTES,
+                            },
+                            image, map, io, err);
 }
 
 static void device_free(struct device *dev)
@@ -261,23 +280,33 @@ int device_create(struct device **out, const char *image_path, const struct devi
     ret = image_open(dev->image, image_path, &taken.image, err);
     if (ret < 0)
         goto out_free;
+    if (options->extent_size_hint_bytes)
+        ret = image_set_extent_size_hint(dev->image, options->extent_size_hint_bytes, err);
+    if (ret < 0)
+        goto out_image;
     ret = io_create(&dev->io, dev, dev->image, options->io, err);
     if (ret < 0)
         goto out_image;
     ret = map_create(&dev->map, options->map, dev->image, err);
     if (ret < 0)
         goto out_io;
+    ret = device_create_writeback(&dev->writeback, dev, &taken, dev->image, dev->map, dev->io, err);
+    if (ret < 0)
+        goto out_map;
     ret = device_take(dev, &taken);
     if (ret < 0) {
         err_set(err, ret, "%s: out of memory", dev->name);
-        goto out_map;
+        goto out_writeback;
     }
     ret = device_start_queues(dev, options, err);
     if (ret < 0)
-        goto out_map;
+        goto out_writeback;
     *out = dev;
     return 0;
 
+out_writeback:
+    if (dev->writeback)
+        writeback_destroy(dev->writeback);
 out_map:
     map_destroy(dev->map);
 out_io:
@@ -294,11 +323,28 @@ struct queue *device_pick_queue(struct device *dev)
     return &dev->queues[atomic_fetch_add(&dev->next_queue, 1) % dev->nr_queues];
 }
 
-int device_stop(struct device *dev)
+// What write-back still holds, before the queues end.
+static int device_drain(struct device *dev)
 {
+    uint64_t lost_bytes;
     int error;
 
+    if (!dev->writeback)
+        return 0;
+    error = writeback_drain_wait(dev->writeback, &lost_bytes);
+    if (lost_bytes)
+        log_line("%s: %llu bytes could not be written (%s) and are lost", dev->name,
+                 (unsigned long long)lost_bytes, strerror(-error));
+    return error;
+}
+
+int device_stop(struct device *dev)
+{
+    int error = device_drain(dev);
+
     device_stop_queues(dev, dev->nr_queues);
+    if (error)
+        return error;
     if (dev->durability.flush == FLUSH_NOTHING)
         return 0;
     if (fdatasync(dev->image->fd) < 0)
@@ -312,6 +358,8 @@ void device_destroy(struct device *dev)
     for (unsigned i = 0; i < dev->nr_queues; i++)
         ring_destroy(dev->queues[i].ring);
     free(dev->queues);
+    if (dev->writeback)
+        writeback_destroy(dev->writeback);
     map_destroy(dev->map);
     io_destroy(dev->io);
     image_close(dev->image);

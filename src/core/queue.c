@@ -11,6 +11,7 @@
 #include "io/io.h"
 #include "util/iov.h"
 #include "util/util.h"
+#include "writeback/writeback.h"
 
 static void queue_hold(struct queue *queue, struct rq *rq)
 {
@@ -59,7 +60,7 @@ void rq_cut_part(struct rq *rq, uint64_t len_bytes)
     rq->ext.len_bytes = len_bytes;
 }
 
-static void rq_advance(struct rq *rq, uint64_t n)
+void rq_advance(struct rq *rq, uint64_t n)
 {
     rq->done_bytes += n;
     rq_uncut_part(rq);
@@ -74,22 +75,30 @@ static void rq_advance(struct rq *rq, uint64_t n)
     }
 }
 
+static void rq_ran(struct rq *rq, int error)
+{
+    if (rq->ran)
+        rq->ran(rq, error);
+    else
+        rq_end(rq, error);
+}
+
 // The next part of a READ or WRITE: what lies in one extent.
 static void rq_step(struct rq *rq)
 {
     struct device *dev = rq->queue->dev;
 
     rq_uncut_part(rq); // begins again after rq_hold()
-    while (rq->done_bytes < rq->len_bytes) {
-        uint64_t left_bytes = rq->len_bytes - rq->done_bytes;
+    while (rq->done_bytes < rq->run_bytes) {
+        uint64_t left_bytes = rq->run_bytes - rq->done_bytes;
         int ret = map_extent(dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false, &rq->ext);
 
         if (ret < 0) {
-            rq_end(rq, ret);
+            rq_ran(rq, ret);
             return;
         }
         if (rq->ext.state == EXTENT_MAPPED) {
-            if (rq->ext.len_bytes < left_bytes)
+            if (rq->ext.len_bytes < rq->len_bytes - rq->done_bytes)
                 rq_cut_part(rq, rq->ext.len_bytes);
             else
                 rq->part_nr_iov = rq->nr_iov;
@@ -100,26 +109,33 @@ static void rq_step(struct rq *rq)
         iov_zero(rq->iov, 0, rq_part_bytes(rq));
         rq_advance(rq, rq_part_bytes(rq));
     }
-    rq_end(rq, 0);
+    rq_ran(rq, 0);
+}
+
+void rq_run(struct rq *rq, uint64_t run_bytes, void (*ran)(struct rq *rq, int error))
+{
+    rq->ran = ran;
+    rq->run_bytes = run_bytes;
+    rq_step(rq);
 }
 
 void rq_part_done(struct rq *rq, int res)
 {
     if (res < 0) {
-        rq_end(rq, res);
+        rq_ran(rq, res);
         return;
     }
     if (!res) {
         // The file ends before the device does: zeroes. A write that moves nothing never will.
         if (rq->op != REQ_OP_READ) {
-            rq_end(rq, -EIO);
+            rq_ran(rq, -EIO);
             return;
         }
         iov_zero(rq->iov, 0, rq_part_bytes(rq));
         rq_advance(rq, rq_part_bytes(rq));
     } else if ((uint64_t)res == rq->len_bytes - rq->done_bytes) {
         rq->done_bytes = rq->len_bytes;
-        rq_end(rq, 0);
+        rq_ran(rq, 0);
         return;
     } else {
         rq_advance(rq, (uint64_t)res);
@@ -151,17 +167,24 @@ void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(stru
 static void rq_start(struct rq *rq)
 {
     struct queue *queue = rq->queue;
-    int error = device_check(queue->dev, rq); // here: a freeze may have changed the limits
+    int error;
 
     queue_count_in(queue);
+    if (rq->ran) { // was held on its way
+        rq_step(rq);
+        return;
+    }
+    error = device_check(queue->dev, rq); // here: a freeze may have changed the limits
     if (error) {
         rq_end(rq, error);
         return;
     }
+    if (queue->dev->writeback && writeback_submit(rq))
+        return;
     switch (rq->op) {
     case REQ_OP_READ:
     case REQ_OP_WRITE:
-        rq_step(rq);
+        rq_run(rq, rq->len_bytes, NULL);
         break;
     case REQ_OP_FLUSH:
         flush_submit(rq);
@@ -180,6 +203,7 @@ void queue_submit(struct queue *queue, struct rq *rq)
     rq->start_ns = queue->ring->now_ns;
     rq->done_bytes = 0;
     rq->iov_cut_bytes = 0;
+    rq->ran = NULL;
     stats_add(&queue->stats.nr_inflight, 1);
     if (queue->is_frozen)
         queue_hold(queue, rq);

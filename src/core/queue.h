@@ -58,6 +58,12 @@ void rq_part_done(struct rq *rq, int res);
 // For an io: shortens the part at hand to len_bytes (> 0).
 void rq_cut_part(struct rq *rq, uint64_t len_bytes);
 
+// READ, WRITE: goes through map and io from done_bytes up to run_bytes, then calls ran(). For write-back.
+void rq_run(struct rq *rq, uint64_t run_bytes, void (*ran)(struct rq *rq, int error));
+
+// n bytes of the data have been moved.
+void rq_advance(struct rq *rq, uint64_t n);
+
 // The request is over with error (0 or a negative errno). Queue's thread.
 void rq_end(struct rq *rq, int error);
 

@@ -7,6 +7,7 @@
 
 #include "map/map.h"
 #include "ring/ring.h"
+#include "writeback/sync.h"
 
 enum req_op {
     REQ_OP_READ,
@@ -50,6 +51,9 @@ struct rq {
     struct rq *next; // held back, or in a list of the io's
     uint64_t start_ns;
     uint64_t done_bytes; // of len_bytes; READ, WRITE: also gone from iov
+    // Optional: the lower layers do no more than run_bytes of len_bytes, and end with this, not rq_end().
+    void (*ran)(struct rq *rq, int error);
+    uint64_t run_bytes;
 
     // Where the part at hand is (offset_bytes + done_bytes, ext.len_bytes long), for the io.
     struct extent ext;
@@ -68,6 +72,15 @@ struct rq {
         struct rq *next;
         uint8_t is_held, is_exclusive;
     } lock;
+    // Write-back's, while it has the request (writeback/).
+    struct {
+        struct rq *next;             // waiting, or in a list of ranges
+        struct wb_sync sync;         // the range that has to be below; zeroed, for what makes zeroes
+        uint64_t placed_end;         // space was allocated up to there
+        void (*done)(struct rq *rq); // the transport's, while it is ours
+        int error;
+        uint8_t is_admitted, is_waiting, is_running, has_run;
+    } wb;
 };
 
 static inline int rq_is_write(const struct rq *rq)

@@ -5,6 +5,7 @@
 
 #include "core/device.h"
 #include "core/queue.h"
+#include "writeback/writeback.h"
 
 static const char *const op_names[REQ_OP_NR] = {
     [REQ_OP_READ] = "read",
@@ -61,9 +62,20 @@ uint64_t stats_percentile_ns(const struct op_stats *op, double percent)
 void stats_print(const struct device *dev, FILE *file)
 {
     struct queue_stats sum;
+    struct writeback_stats writeback;
 
     stats_sum(dev, &sum);
     fprintf(file, "bight: %s: %u in flight\n", dev->name, atomic_load(&sum.nr_inflight));
+    if (writeback_stats(dev, &writeback))
+        fprintf(file,
+                "bight: %s: writeback: %" PRIu64 " of %" PRIu64 " bytes used, %" PRIu64 " dirty, %" PRIu64
+                " delayed, %" PRIu64 " reserved, %" PRIu64 " failed; %" PRIu64 " written, %" PRIu64
+                " a second, by %" PRIu64 " writes; %" PRIu64 " allocated, %" PRIu64 " runs, %" PRIu64
+                " calls of the map; %" PRIu64 " times throttled\n",
+                dev->name, writeback.used_bytes, writeback.size_bytes, writeback.dirty_bytes,
+                writeback.delayed_bytes, writeback.reserved_bytes, writeback.failed_bytes,
+                writeback.written_bytes, writeback.bytes_per_s, writeback.nr_writes,
+                writeback.allocated_bytes, writeback.nr_runs, writeback.nr_map_calls, writeback.nr_throttled);
     for (unsigned i = 0; i < REQ_OP_NR; i++) {
         const struct op_stats *op = &sum.op[i];
 

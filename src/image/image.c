@@ -345,6 +345,25 @@ out:
     return ret;
 }
 
+int image_set_extent_size_hint(const struct image *image, uint64_t bytes, struct err *err)
+{
+    struct fsxattr attr;
+
+    if (!ioctl(image->fd, FS_IOC_FSGETXATTR, &attr)) {
+        if ((attr.fsx_xflags & FS_XFLAG_EXTSIZE) && attr.fsx_extsize == bytes)
+            return 0;
+        attr.fsx_xflags |= FS_XFLAG_EXTSIZE;
+        attr.fsx_extsize = (uint32_t)bytes;
+        if (!ioctl(image->fd, FS_IOC_FSSETXATTR, &attr))
+            return 0;
+    }
+    return err_set(
+        err, -errno,
+        "%s: --extent-size-hint: %s; XFS takes it on a file that has no blocks yet, use --writeback "
+        "elsewhere",
+        image->path, strerror(errno));
+}
+
 void image_close(struct image *image)
 {
     if (image->buffered_fd >= 0)

@@ -36,6 +36,10 @@ struct image {
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err);
 void image_close(struct image *image);
 
+// Asks XFS to allocate in pieces of that size (FS_IOC_FSSETXATTR): only a file without blocks takes that.
+// 0 or a negative errno with err set.
+int image_set_extent_size_hint(const struct image *image, uint64_t bytes, struct err *err);
+
 // Looks at the image's size again: next is the image as it is now, with the same file descriptors and path
 // but for buffered_fd, which may be a new one. 0 or a negative errno with err set.
 int image_remeasure(struct image *next, const struct image *image, const struct image_options *options,

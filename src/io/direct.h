@@ -25,5 +25,9 @@ void direct_lock(struct rq *rq, uint64_t start, uint64_t end, bool is_exclusive,
                  void (*locked)(struct ring_op *op, int res));
 void direct_unlock(struct rq *rq);
 
+// D2: from now on, without asking for a freeze: the io is not in use, or the device is frozen. Under
+// fault:SPEC, the one below; of another kind, nothing.
+void direct_lock_always(struct io *io);
+
 // D2: rq is taken back, and begins again when every write takes its range.
 void direct_start_locking(struct rq *rq);

@@ -120,8 +120,15 @@ static void fault_fail(struct rq *rq, int error)
 {
     if (rq->op == REQ_OP_FLUSH)
         rq->ring_op.done(&rq->ring_op, error); // flush_done() has to see it
+    else if (rq->op == REQ_OP_READ || rq->op == REQ_OP_WRITE)
+        rq_part_done(rq, error);
     else
         rq_end(rq, error);
+}
+
+static void fault_torn_done(struct ring_op *op, int res)
+{
+    rq_part_done(container_of(op, struct rq, ring_op), res);
 }
 
 static void fault_submit(struct io *io, struct rq *rq)
@@ -140,7 +147,7 @@ static void fault_submit(struct io *io, struct rq *rq)
         rq->ring_op.timeout_ns = chance->delay_ns;
         ring_queue(rq->queue->ring, &rq->ring_op);
     } else if (fault_hits(fault, chance->torn)) {
-        rq_call_worker(rq, fault_torn_work, rq_work_done);
+        rq_call_worker(rq, fault_torn_work, fault_torn_done);
     } else {
         if (fault_hits(fault, chance->shorten))
             rq_cut_part(rq, fault_some_bytes(fault, rq));

@@ -110,6 +110,14 @@ void direct_start_locking(struct rq *rq)
         device_freeze(direct->io.dev, &direct->freeze);
 }
 
+void direct_lock_always(struct io *io)
+{
+    while (io->lower)
+        io = io->lower;
+    if (io->ops == &io_direct_ops)
+        container_of(io, struct direct, io)->is_locking = true;
+}
+
 bool direct_wants_direct(const char *spec)
 {
     (void)spec;

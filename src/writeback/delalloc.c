@@ -49,10 +49,15 @@ static uint64_t place_bytes(const struct delalloc *delalloc)
     return 1ULL << delalloc->place_shift;
 }
 
+static uint64_t place_next(const struct delalloc *delalloc, uint64_t offset)
+{
+    return round_down(offset, place_bytes(delalloc)) + place_bytes(delalloc);
+}
+
 // The last one may be short.
 static uint64_t place_end(const struct delalloc *delalloc, uint64_t offset)
 {
-    return min_of(round_down(offset, place_bytes(delalloc)) + place_bytes(delalloc), delalloc->size_bytes);
+    return min_of(place_next(delalloc, offset), delalloc->size_bytes);
 }
 
 bool delalloc_needs_space(void *place)
@@ -76,7 +81,7 @@ int delalloc_look_up(struct delalloc *delalloc, uint64_t offset)
 
         // A3: only the first answer counts.
         atomic_compare_exchange_strong(delalloc_place(delalloc, at), &unknown, known);
-        at = place_end(delalloc, at);
+        at = place_next(delalloc, at);
     } while (at < end && place_end(delalloc, at) <= end);
     return 0;
 }
@@ -85,7 +90,7 @@ void delalloc_punch(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     pthread_mutex_lock(&delalloc->lock);
     delalloc->nr_punches++;
-    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         _Atomic uint8_t *place = delalloc_place(delalloc, at);
 
         if (atomic_load(place) != PLACE_UNKNOWN)
@@ -112,7 +117,7 @@ static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t
 
     pthread_mutex_lock(&delalloc->lock);
     is_current = delalloc->nr_punches == nr_punches_then;
-    for (uint64_t at = start; is_current && at < end; at = place_end(delalloc, at)) {
+    for (uint64_t at = start; is_current && at < end; at = place_next(delalloc, at)) {
         _Atomic uint8_t *place = delalloc_place(delalloc, at);
         uint8_t known = atomic_load(place);
         bool is_whole = !(at & (place_bytes(delalloc) - 1)) && place_end(delalloc, at) <= end;
@@ -130,7 +135,7 @@ static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t
 
 bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
-    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         if (atomic_load(delalloc_place(delalloc, at)) != PLACE_FRESH)
             return false;
     }
@@ -141,11 +146,11 @@ uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     uint64_t fresh_end = end;
 
-    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         uint8_t fresh = PLACE_FRESH;
 
         if (atomic_compare_exchange_strong(delalloc_place(delalloc, at), &fresh, PLACE_FULL))
-            fresh_end = place_end(delalloc, at);
+            fresh_end = place_next(delalloc, at);
     }
     return max_of(end, fresh_end);
 }
@@ -225,7 +230,7 @@ struct run {
 
 static bool is_full_between(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
-    for (uint64_t at = start; at < end; at = place_end(delalloc, at)) {
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         if (round_down(at, place_bytes(delalloc)) >= start && place_end(delalloc, at) <= end &&
             atomic_load(delalloc_place(delalloc, at)) >= PLACE_FRESH)
             return true;
@@ -268,7 +273,7 @@ static void round_run(struct delalloc *delalloc, const struct run *run, uint64_t
     *end = min_of(round_up(run->end, unit), delalloc->size_bytes);
     while (place_end(delalloc, *start) <= run->start &&
            atomic_load(delalloc_place(delalloc, *start)) >= PLACE_FRESH)
-        *start = place_end(delalloc, *start);
+        *start = place_next(delalloc, *start);
     while (round_down(*end - 1, place_bytes(delalloc)) >= run->end &&
            atomic_load(delalloc_place(delalloc, *end - 1)) >= PLACE_FRESH)
         *end = round_down(*end - 1, place_bytes(delalloc));

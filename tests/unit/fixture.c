@@ -38,6 +38,7 @@ struct fixture fixture_create(const struct fixture_options *options)
         .nr_queues = options->nr_queues ? options->nr_queues : 1,
         .depth = 64,
         .block_bytes = options->block_bytes,
+        .writeback_bytes = options->writeback_bytes,
         .image = options->image,
     };
     struct fixture fixture = {.is_stopped = false};

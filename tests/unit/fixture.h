@@ -15,6 +15,7 @@ struct fixture_options {
     unsigned nr_queues;          // 0: 1
     unsigned nr_workers;         // 0: 16
     uint32_t block_bytes;
+    uint64_t writeback_bytes;
     struct image_options image;
 };
 
