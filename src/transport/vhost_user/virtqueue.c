@@ -465,6 +465,7 @@ bool virtqueue_poll(struct ring_poller *poller)
         }
         nr++;
     }
+    queue_unplug(vq->queue); // the ring submits before its hooks run
     if (nr && vq->is_armed)
         virtqueue_disarm(vq);
     return nr;
