@@ -91,6 +91,7 @@ static const char *chain_add_table(struct virtqueue *vq, struct virtqueue_rq *vr
         struct vring_desc split;
         struct vring_packed_desc packed;
         struct virtqueue_buf entry;
+        unsigned next = i + 1;
 
         if (vq->is_packed) {
             copy_once(&packed, table + i * sizeof(packed), sizeof(packed));
@@ -98,22 +99,18 @@ static const char *chain_add_table(struct virtqueue *vq, struct virtqueue_rq *vr
         } else {
             copy_once(&split, table + i * sizeof(split), sizeof(split));
             entry = split_buf(&split);
+            next = le16toh(split.next);
         }
         if (entry.flags & VRING_DESC_F_INDIRECT)
             return "an indirect table leads to another one";
         why = chain_add(vq, vrq, &entry);
         if (why)
             return why;
-        if (vq->is_packed) {
-            if (++i == nr)
-                return NULL;
-        } else {
-            if (!(entry.flags & VRING_DESC_F_NEXT))
-                return NULL;
-            i = le16toh(split.next);
-            if (i >= nr)
-                return "an indirect table leads behind its end";
-        }
+        if (vq->is_packed ? next == nr : !(entry.flags & VRING_DESC_F_NEXT))
+            return NULL;
+        if (next >= nr)
+            return "an indirect table leads behind its end";
+        i = next;
     }
 }
 
