@@ -41,6 +41,7 @@ static const struct {
     {{"nbd", required_argument, NULL, OPT_TRANSPORT}, OPTIONS_BOTH},
     {{"ublk", optional_argument, NULL, OPT_TRANSPORT + 1}, OPTIONS_BOTH},
     {{"vhost-user", required_argument, NULL, OPT_TRANSPORT + 2}, OPTIONS_BOTH},
+    {{"fuse", required_argument, NULL, OPT_TRANSPORT + 3}, OPTIONS_BOTH},
     {{"name", required_argument, NULL, OPT_NAME}, OPTIONS_BOTH},
     {{"read-only", no_argument, NULL, OPT_READ_ONLY}, OPTIONS_BOTH},
     {{"io", required_argument, NULL, OPT_IO}, OPTIONS_BOTH},
@@ -257,7 +258,9 @@ int options_hold(const struct options *options, struct transport_holds *holds, s
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
     return transports_hold(holds, options->addrs, listen_fds, nr_listen_fds,
-                           &(struct transport_hold_options){.nr_queues = options->device.nr_queues,
+                           &(struct transport_hold_options){.images = options->images,
+                                                            .nr_images = options->nr_images,
+                                                            .nr_queues = options->device.nr_queues,
                                                             .depth = options->device.depth,
                                                             .is_read_only =
                                                                 options->device.image.is_read_only,

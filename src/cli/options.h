@@ -13,6 +13,8 @@
     "                       repeated: the n-th is the n-th image\n"                                \
     "  --vhost-user PATH    serve virtual machines over this unix socket: the first image, as a\n" \
     "                       virtio disk; may be repeated\n"                                        \
+    "  --fuse PATH          be this file, which is made where there is none; may be repeated:\n"   \
+    "                       the n-th is the n-th image\n"                                          \
     "  --read-only          refuse every write\n"                                                  \
     "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                     \
     "  --map MAP            linear\n"                                                              \

@@ -62,7 +62,8 @@ static int serve_run(struct options *options, struct err *err)
     for (unsigned i = 0; i < options->nr_images; i++)
         options->names[i] = options_name(options, i);
     if (!holds.nr_holds)
-        ret = err_usage(err, "no transport is named; use --nbd ADDR, --vhost-user PATH or --ublk");
+        ret =
+            err_usage(err, "no transport is named; use --nbd ADDR, --vhost-user PATH, --fuse PATH or --ublk");
     else
         ret = worker_run(&(struct worker_options){.device = options->device,
                                                   .names = options->names,

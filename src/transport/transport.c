@@ -8,6 +8,7 @@ const struct transport_ops *const transport_table[TRANSPORT_NR] = {
     &nbd_transport_ops,
     &ublk_transport_ops,
     &vhost_user_transport_ops,
+    &fuse_transport_ops,
 };
 
 int transports_hold(struct transport_holds *holds, const struct transport_addrs *addrs, const int *listen_fds,

@@ -14,11 +14,13 @@
 struct device;
 struct transport;
 
-#define TRANSPORT_NR 3         // of them in the table
+#define TRANSPORT_NR 4         // of them in the table
 #define TRANSPORT_MAX_FDS 1024 // LISTEN_FDS that are taken over
 
 // What hold() may want to know before there is a device.
 struct transport_hold_options {
+    const char *const *images; // of the devices, by path
+    unsigned nr_images;
     unsigned nr_queues, depth;
     bool is_read_only;
     bool is_supervised; // a worker that dies is followed by another one
@@ -89,7 +91,8 @@ struct transport {
 };
 
 extern const struct transport_ops *const transport_table[TRANSPORT_NR];
-extern const struct transport_ops nbd_transport_ops, ublk_transport_ops, vhost_user_transport_ops;
+extern const struct transport_ops nbd_transport_ops, ublk_transport_ops, vhost_user_transport_ops,
+    fuse_transport_ops;
 
 // Holds every address of addrs (TRANSPORT_NR of them, in the table's order), and listen_fds. 0, or a
 // negative errno with err set and nothing held.

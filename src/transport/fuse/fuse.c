@@ -1,0 +1,191 @@
+// The transport: a file for each --fuse, a channel for each queue of its device. Cold, on the main thread.
+
+#include "transport/fuse/fuse.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "core/device.h"
+#include "core/queue.h"
+#include "transport/fuse/mount.h"
+#include "util/util.h"
+
+struct fuse_file {
+    struct transport_hold *hold;
+    struct device *dev;
+    struct fuse_chan *chans; // a queue each
+};
+
+struct fuse_server {
+    struct transport transport;
+    struct fuse_file *files;
+    unsigned nr_files;
+    unsigned nr_running; // channels
+    bool is_stopped;
+};
+
+int fuse_chan_create(struct fuse_chan *chan, struct device *dev, struct queue *queue, int fd,
+                     size_t payload_bytes)
+{
+    size_t stride = FUSE_PAGE_BYTES + round_up(payload_bytes, FUSE_PAGE_BYTES);
+
+    *chan = (struct fuse_chan){.dev = dev, .queue = queue, .fd = fd, .payload_bytes = payload_bytes};
+    chan->start_op.done = fuse_chan_start;
+    chan->stop_op.done = fuse_chan_stop;
+    if (tags_create(&chan->tags, dev->depth, sizeof(struct fuse_rq)) < 0)
+        return -ENOMEM;
+    chan->mem_bytes = dev->depth * stride;
+    // Address space: what is never touched takes no memory.
+    chan->mem = mmap(NULL, chan->mem_bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (chan->mem == MAP_FAILED) {
+        tags_destroy(&chan->tags);
+        return -ENOMEM;
+    }
+    for (unsigned i = 0; i < dev->depth; i++) {
+        struct fuse_rq *frq = container_of(chan->tags.free[i], struct fuse_rq, rq);
+
+        frq->chan = chan;
+        frq->payload = chan->mem + (dev->depth - 1 - i) * stride + FUSE_PAGE_BYTES; // the warmest first
+    }
+    return 0;
+}
+
+void fuse_chan_destroy(struct fuse_chan *chan)
+{
+    munmap(chan->mem, chan->mem_bytes);
+    tags_destroy(&chan->tags);
+}
+
+// A message of our own accord ("unsolicited"): unique is 0, and error its kind.
+static int fuse_notify(int fd, int32_t kind, const void *data, size_t len)
+{
+    struct fuse_out_header header = {.len = (uint32_t)(sizeof(header) + len), .error = kind};
+    struct iovec iov[] = {{&header, sizeof(header)}, {(void *)(uintptr_t)data, len}};
+
+    return writev(fd, iov, len ? 2 : 1) < 0 ? -errno : 0;
+}
+
+static void server_chan_over(struct ring_op *op, int res)
+{
+    struct fuse_chan *chan = container_of(op, struct fuse_chan, over_op);
+    struct fuse_server *server = chan->server;
+
+    (void)res;
+    if (--server->nr_running)
+        return;
+    server->is_stopped = true;
+    transport_stopped(&server->transport);
+}
+
+static void fuse_destroy(struct transport *transport)
+{
+    struct fuse_server *server = container_of(transport, struct fuse_server, transport);
+
+    for (unsigned i = 0; i < server->nr_files; i++) {
+        struct fuse_file *file = &server->files[i];
+
+        for (unsigned j = 0; j < file->dev->nr_queues; j++)
+            fuse_chan_destroy(&file->chans[j]);
+        free(file->chans);
+    }
+    free(server->files);
+    free(server);
+}
+
+static int server_add_file(struct fuse_server *server, struct transport_hold *hold, struct device *dev,
+                           struct ring *main_ring)
+{
+    struct fuse_file *file = &server->files[server->nr_files];
+
+    *file =
+        (struct fuse_file){.hold = hold, .dev = dev, .chans = calloc(dev->nr_queues, sizeof(*file->chans))};
+    if (!file->chans)
+        return -ENOMEM;
+    for (unsigned i = 0; i < dev->nr_queues; i++) {
+        struct fuse_chan *chan = &file->chans[i];
+
+        if (fuse_chan_create(chan, dev, &dev->queues[i], hold->fd, hold->facts[FUSE_FACT_PAYLOAD]) < 0) {
+            while (i--)
+                fuse_chan_destroy(&file->chans[i]);
+            free(file->chans);
+            return -ENOMEM;
+        }
+        chan->server = server;
+        chan->main_ring = main_ring;
+        chan->over_op.done = server_chan_over;
+    }
+    server->nr_files++;
+    return 0;
+}
+
+// The n-th file is that of the n-th device, and further ones of the last.
+static int fuse_start(struct transport **transport, const struct transport_options *options,
+                      struct transport_hold *holds, unsigned nr_holds, struct err *err)
+{
+    struct fuse_server *server = calloc(1, sizeof(*server));
+
+    if (!server || !(server->files = calloc(nr_holds, sizeof(*server->files))))
+        goto out;
+    for (unsigned i = 0; i < nr_holds; i++) {
+        if (server_add_file(server, &holds[i], options->devs[min_of(i, options->nr_devs - 1)],
+                            options->ring) < 0)
+            goto out;
+    }
+    for (unsigned i = 0; i < nr_holds; i++) {
+        struct fuse_file *file = &server->files[i];
+
+        // What a worker before us had taken and not answered. Kernels before 6.9 know no such message.
+        fuse_notify(file->hold->fd, FUSE_NOTIFY_RESEND, NULL, 0);
+        for (unsigned j = 0; j < file->dev->nr_queues; j++, server->nr_running++)
+            ring_post(file->dev->queues[j].ring, &file->chans[j].start_op, 0);
+        log_verbose("fuse: %s is %s", file->hold->addr, file->dev->name);
+    }
+    *transport = &server->transport;
+    return 0;
+
+out:
+    if (server)
+        fuse_destroy(&server->transport);
+    return err_set(err, -ENOMEM, "fuse: out of memory; use a smaller --depth");
+}
+
+static void fuse_stop(struct transport *transport)
+{
+    struct fuse_server *server = container_of(transport, struct fuse_server, transport);
+
+    if (server->is_stopped) // unmounted by somebody, and told
+        return;
+    for (unsigned i = 0; i < server->nr_files; i++) {
+        struct fuse_file *file = &server->files[i];
+
+        for (unsigned j = 0; j < file->dev->nr_queues; j++)
+            ring_post(file->dev->queues[j].ring, &file->chans[j].stop_op, 0);
+    }
+}
+
+static void fuse_device_changed(struct transport *transport, struct device *dev)
+{
+    struct fuse_server *server = container_of(transport, struct fuse_server, transport);
+
+    for (unsigned i = 0; i < server->nr_files; i++) {
+        // Attributes only (a negative offset): pages behind the new end go when the kernel sees the size.
+        struct fuse_notify_inval_inode_out out = {.ino = FUSE_ROOT_ID, .off = -1};
+
+        if (server->files[i].dev == dev)
+            fuse_notify(server->files[i].hold->fd, FUSE_NOTIFY_INVAL_INODE, &out, sizeof(out));
+    }
+}
+
+const struct transport_ops fuse_transport_ops = {
+    .name = "fuse",
+    .hold = fuse_hold,
+    .release = fuse_release,
+    .start = fuse_start,
+    .stop = fuse_stop,
+    .destroy = fuse_destroy,
+    .device_changed = fuse_device_changed,
+};

@@ -1,0 +1,285 @@
+// A mount and its guard.
+//
+//  M1. The guard is a process of its own that waits at the end of a pipe. It unmounts when it is told to, or
+//      when nobody has the other end any more: the holder and its workers are gone, however they ended.
+//      So there is one way to unmount, and it is always gone.
+//  M2. The guard is born before the mount and has nothing else open: it keeps no connection alive.
+//  M3. What is unmounted is ours: the last mount at the path, of our type.
+
+#define FUSE_USE_VERSION 31
+
+#include "transport/fuse/mount.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse3/fuse.h>
+#include <fuse3/fuse_log.h>
+#include <limits.h>
+#include <mntent.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "transport/fuse/fuse.h"
+#include "util/util.h"
+
+#define MOUNT_TYPE "fuse.bight"
+#define INIT_TIMEOUT_MS 10000
+
+// Whether the last mount at the path is one of ours.
+static bool mount_is_ours(const char *path)
+{
+    FILE *file = setmntent("/proc/self/mounts", "re");
+    struct mntent *entry;
+    bool is_ours = false;
+
+    if (!file)
+        return false;
+    while ((entry = getmntent(file))) {
+        if (!strcmp(entry->mnt_dir, path))
+            is_ours = !strcmp(entry->mnt_type, MOUNT_TYPE);
+    }
+    endmntent(file);
+    return is_ours;
+}
+
+// M3. MNT_FORCE aborts the connection: who waits for an answer gets an error instead of waiting for ever.
+static void mount_undo(const char *path)
+{
+    char *argv[] = {(char[]){"fusermount3"}, (char[]){"-uqz"}, (char[]){"--"}, NULL, NULL}, *env[] = {NULL};
+    pid_t pid;
+
+    if (!mount_is_ours(path) || !umount2(path, MNT_FORCE | MNT_DETACH) || errno != EPERM)
+        return;
+    argv[3] = (char *)(uintptr_t)path;
+    if (!posix_spawnp(&pid, argv[0], NULL, NULL, argv, env))
+        waitpid(pid, NULL, 0);
+}
+
+// ---- The guard
+
+static void guard_run(int pipe_fd, const char *path, bool is_created)
+{
+    sigset_t all;
+    char byte;
+    int null;
+
+    prctl(PR_SET_NAME, "bight-guard");
+    setsid();
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    if (chdir("/") < 0)
+        _exit(1);
+    null = open("/dev/null", O_RDWR);
+    for (int fd = 0; fd <= 2; fd++)
+        dup2(null, fd);
+    dup2(pipe_fd, 3); // M2
+    close_range(4, ~0U, 0);
+    while (read(3, &byte, 1) < 0 && errno == EINTR)
+        ;
+    mount_undo(path); // M1
+    if (is_created)
+        unlink(path);
+    _exit(0);
+}
+
+static int guard_start(struct transport_hold *hold, const char *path, bool is_created, struct err *err)
+{
+    int fds[2];
+    pid_t pid;
+
+    if (pipe2(fds, O_CLOEXEC) < 0)
+        return err_set(err, -errno, "--fuse: %s: pipe: %s", path, strerror(errno));
+    pid = fork();
+    if (!pid)
+        guard_run(fds[0], path, is_created);
+    close(fds[0]);
+    if (pid < 0) {
+        close(fds[1]);
+        return err_set(err, -errno, "--fuse: %s: fork: %s", path, strerror(errno));
+    }
+    hold->facts[FUSE_FACT_GUARD] = (uint64_t)pid;
+    hold->facts[FUSE_FACT_PIPE] = (uint64_t)fds[1];
+    return 0;
+}
+
+static void guard_end(struct transport_hold *hold)
+{
+    int fd = (int)hold->facts[FUSE_FACT_PIPE];
+
+    if (write(fd, "", 1) < 0) // it is gone, and so is the mount
+        log_verbose("fuse: %s: the guard: %s", hold->addr, strerror(errno));
+    close(fd);
+    while (waitpid((pid_t)hold->facts[FUSE_FACT_GUARD], NULL, 0) < 0 && errno == EINTR)
+        ;
+}
+
+// ---- FUSE_INIT
+
+static unsigned init_max_pages(void)
+{
+    unsigned long max_pages = 256; // before 6.13, that was fixed
+    FILE *file = fopen("/proc/sys/fs/fuse/max_pages_limit", "re");
+    char text[40];
+
+    if (file) {
+        if (fgets(text, sizeof(text), file))
+            max_pages = strtoul(text, NULL, 10);
+        fclose(file);
+    }
+    return (unsigned)max_of(1, min_of(max_pages, FUSE_NR_PAGES));
+}
+
+// Answers FUSE_INIT, the first message of every connection. 0 or a negative errno.
+static int init_answer(struct transport_hold *hold, const struct transport_hold_options *options)
+{
+    const uint64_t wanted = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_MAX_PAGES |
+                            FUSE_INIT_EXT | FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_HAS_RESEND;
+    struct {
+        struct fuse_in_header header;
+        struct fuse_init_in in;
+        char rest[FUSE_MIN_READ_BUFFER - sizeof(struct fuse_in_header) - sizeof(struct fuse_init_in)];
+    } msg = {.header = {.len = 0}};
+    struct {
+        struct fuse_out_header header;
+        struct fuse_init_out out;
+    } answer;
+    unsigned nr_inflight = min_of(options->nr_queues * options->depth, UINT16_MAX), max_pages;
+    uint64_t flags;
+    ssize_t n;
+
+    if (poll(&(struct pollfd){.fd = hold->fd, .events = POLLIN}, 1, INIT_TIMEOUT_MS) != 1)
+        return -ETIMEDOUT;
+    n = read(hold->fd, &msg, sizeof(msg));
+    if (n < 0)
+        return -errno;
+    if ((size_t)n < sizeof(msg.header) + offsetof(struct fuse_init_in, flags2) ||
+        msg.header.len != (size_t)n || msg.header.opcode != FUSE_INIT)
+        return -EPROTO;
+    if (msg.in.major != FUSE_KERNEL_VERSION || msg.in.minor < FUSE_PROTO_MIN_MINOR)
+        return -EPROTONOSUPPORT;
+    flags = msg.in.flags;
+    if (flags & FUSE_INIT_EXT)
+        flags |= (uint64_t)msg.in.flags2 << 32;
+    flags &= wanted;
+    max_pages = init_max_pages();
+    answer.out = (struct fuse_init_out){
+        .major = FUSE_KERNEL_VERSION,
+        .minor = FUSE_PROTO_MINOR,
+        .max_readahead = msg.in.max_readahead,
+        .flags = (uint32_t)flags,
+        .flags2 = (uint32_t)(flags >> 32),
+        .max_background = (uint16_t)nr_inflight,
+        .congestion_threshold = (uint16_t)nr_inflight,
+        .max_write = max_pages * FUSE_PAGE_BYTES,
+        .max_pages = (uint16_t)max_pages,
+        .time_gran = 1,
+    };
+    answer.header = (struct fuse_out_header){.len = sizeof(answer), .unique = msg.header.unique};
+    if (write(hold->fd, &answer, sizeof(answer)) < 0)
+        return -errno;
+    hold->facts[FUSE_FACT_PAYLOAD] = answer.out.max_write;
+    return 0;
+}
+
+// ---- hold() and release()
+
+// What libfuse has to say while it mounts.
+static char mount_log[200];
+
+__attribute__((format(printf, 2, 0))) static void mount_log_keep(enum fuse_log_level level, const char *fmt,
+                                                                 va_list args)
+{
+    (void)level;
+    vsnprintf(mount_log, sizeof(mount_log), fmt, args);
+    mount_log[strcspn(mount_log, "\n")] = '\0';
+}
+
+// The file to be mounted over; it is made where there is none. What a server that is gone left mounted is
+// unmounted. 1: it was made. Else 0 or a negative errno.
+static int mount_point(char *path, const char *addr, const struct transport_hold_options *options,
+                       struct err *err)
+{
+    int fd = open(addr, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600), is_created = fd >= 0;
+    struct stat st, image;
+
+    if (is_created)
+        close(fd);
+    else if (errno != EEXIST)
+        return err_set(err, -errno, "--fuse: %s: %s; name a file where you may create one", addr,
+                       strerror(errno));
+    if (!realpath(addr, path))
+        return err_set(err, -errno, "--fuse: %s: %s; name a file", addr, strerror(errno));
+    if (stat(path, &st) < 0 && errno == ENOTCONN)
+        mount_undo(path);
+    if (stat(path, &st) < 0)
+        return err_set(err, -errno, "--fuse: %s: %s; unmount what is there, or name another file", addr,
+                       strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return err_set(err, -EINVAL, "--fuse: %s: is no regular file; name one, or a path that is not there",
+                       addr);
+    if (mount_is_ours(path))
+        return err_set(err, -EBUSY, "--fuse: %s: is a device of bight already; name another file", addr);
+    for (unsigned i = 0; i < options->nr_images; i++) {
+        if (!stat(options->images[i], &image) && image.st_dev == st.st_dev && image.st_ino == st.st_ino)
+            return err_set(err, -EBUSY, "--fuse: %s: is the image itself; name another file", addr);
+    }
+    return is_created;
+}
+
+int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err)
+{
+    char path[PATH_MAX], mount_options[200];
+    int ret = mount_point(path, hold->addr, options, err);
+    bool is_created;
+
+    if (ret < 0)
+        return ret;
+    // Inherited by every thread and worker from here on: fuse.h F4.
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+    is_created = ret == 1;
+    ret = guard_start(hold, path, is_created, err);
+    if (ret < 0) {
+        if (is_created)
+            unlink(path);
+        return ret;
+    }
+    snprintf(mount_options, sizeof(mount_options), "fsname=bight,subtype=bight,nosuid,nodev,%s%s",
+             options->is_read_only ? "ro" : "rw", geteuid() ? "" : ",allow_other,default_permissions");
+    fuse_set_log_func(mount_log_keep);
+    hold->fd = fuse_open_channel(path, mount_options);
+    fuse_set_log_func(NULL);
+    if (hold->fd < 0) {
+        ret = err_set(err, -EIO, "--fuse: %s: %s; use --nbd where FUSE cannot be had", hold->addr,
+                      mount_log[0] ? mount_log : "mounting failed");
+        goto out_guard;
+    }
+    ret = init_answer(hold, options);
+    if (ret < 0 || fcntl(hold->fd, F_SETFL, O_NONBLOCK) < 0) {
+        ret = err_set(err, ret < 0 ? ret : -errno, "--fuse: %s: FUSE_INIT: %s; use --nbd", hold->addr,
+                      strerror(ret < 0 ? -ret : errno));
+        goto out_close;
+    }
+    return 0;
+
+out_close:
+    close(hold->fd);
+    hold->fd = -1;
+out_guard:
+    guard_end(hold);
+    return ret;
+}
+
+void fuse_release(struct transport_hold *hold)
+{
+    close(hold->fd);
+    guard_end(hold);
+}
