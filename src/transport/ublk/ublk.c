@@ -25,6 +25,7 @@
 // The kernel has to notice that a worker is dead, and to take its rings apart.
 #define TAKE_OVER_TIMEOUT_NS (30 * NSEC_PER_SEC)
 #define TRY_AGAIN_NS 2000000
+#define STOP_AGAIN_NS 50000000
 // One request each: what a file system does in a moment, what may have to be written out.
 #define MAX_DISCARD_BYTES (1024 * MiB)
 #define MAX_WRITE_ZEROES_BYTES (128 * MiB)
@@ -57,19 +58,25 @@ static int hold_find_or_add(struct ublk_ctrl *ctrl, struct ublk_dev_info *info, 
     struct ublk_dev_info found;
     int ret = ublk_ctrl_add(ctrl, info);
 
-    if (ret != -EEXIST)
-        return ret < 0 ? err_set(err, ret, "ublk: adding a device: %s%s", strerror(-ret),
-                                 ret == -EPERM    ? "; unprivileged ones need Linux 6.5 and udev rules"
-                                 : ret == -EACCES ? "; too many unprivileged ones, or not allowed"
-                                                  : "")
-                       : 0;
-    ret = ublk_ctrl_find(ctrl, id, &found);
-    // One of ours that a dead supervisor has left behind is taken over, with all that waits for it.
-    if (ret < 0 || found.state != UBLK_QUIESCED || found.ublksrv_flags != UBLK_MAGIC)
-        return err_set(err, -EEXIST, "ublk: device %u is in use; use --ublk without a number, or another one",
+    if (ret == -EEXIST && !ublk_ctrl_find(ctrl, id, &found) && found.ublksrv_flags == UBLK_MAGIC) {
+        // One of ours that a dead supervisor has left behind is taken over, with all that waits for it;
+        if (found.state == UBLK_QUIESCED) {
+            log_verbose("ublk: taking over device %u", id);
+            *info = found;
+            return 0;
+        }
+        // one that nothing waits for is made anew. (Before its first server the pid is 0.)
+        if (found.state == UBLK_DEAD && found.ublksrv_pid < 0) {
+            ublk_ctrl_send(ctrl, UBLK_DEL_DEV, NULL, 0, 0);
+            ret = ublk_ctrl_add(ctrl, info);
+        }
+    }
+    if (ret == -EEXIST)
+        return err_set(err, ret, "ublk: device %u is in use; use --ublk without a number, or another one",
                        id);
-    log_verbose("ublk: taking over device %u", id);
-    *info = found;
+    if (ret < 0)
+        return err_set(err, ret, "ublk: adding a device: %s%s", strerror(-ret),
+                       geteuid() ? "; root can, and from Linux 6.5 on others, up to 64 devices" : "");
     return 0;
 }
 
@@ -316,6 +323,23 @@ static int disk_open(struct ublk_disk *disk)
     return -errno;
 }
 
+// STOP_DEV ends the FETCHes that the kernel has got; those that are just being sent need another one.
+static void disk_wait_over(struct ublk_disk *disk, struct ublk_hwq *hwq)
+{
+    struct timespec until;
+
+    for (;;) {
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += STOP_AGAIN_NS;
+        until.tv_sec += until.tv_nsec / (long)NSEC_PER_SEC;
+        until.tv_nsec %= (long)NSEC_PER_SEC;
+        if (!sem_timedwait(&hwq->over, &until))
+            return;
+        if (errno == ETIMEDOUT)
+            ublk_ctrl_send(&disk->ctrl, UBLK_STOP_DEV, NULL, 0, 0);
+    }
+}
+
 // Ends what has begun of it. May take as long as the requests in flight do (B5).
 static void disk_stop(struct ublk_disk *disk)
 {
@@ -335,8 +359,7 @@ static void disk_stop(struct ublk_disk *disk)
     while (disk->nr_hwqs) {
         struct ublk_hwq *hwq = &disk->hwqs[--disk->nr_hwqs];
 
-        while (sem_wait(&hwq->over) < 0)
-            ; // EINTR
+        disk_wait_over(disk, hwq);
         hwq_unmap(hwq);
     }
     if (disk->fd >= 0)
