@@ -106,7 +106,7 @@ struct ring_ops {
     // Optional, hot: wait() with a timeout of 0, cheap when there is nothing to submit or to take.
     int (*poll)(struct ring *ring);
     // Required. R2 for an op that might wait for ever: EVENT_WAIT, EVENT_SIGNAL or POLL, queued and not
-    // done. It is done soon, with -ECANCELED unless it was about to be done anyway.
+    // done. It is done soon, with -ECANCELED unless it can be done at once.
     void (*cancel)(struct ring *ring, struct ring_op *op);
     // Optional. fd will be used often; an fd that was added must be removed before it is closed.
     void (*add_fd)(struct ring *ring, int fd);

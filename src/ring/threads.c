@@ -206,6 +206,7 @@ static void threads_cancel(struct ring *ring, struct ring_op *op)
 {
     struct threads *threads = container_of(ring, struct threads, ring);
     struct threads_fd *state = threads_fd(threads, op->fd);
+    int res;
 
     if (state && state->reader == op)
         state->reader = NULL;
@@ -220,7 +221,8 @@ static void threads_cancel(struct ring *ring, struct ring_op *op)
             threads->ready_tail = at;
         }
     }
-    ring_post(ring, op, -ECANCELED); // R2: not from in here
+    res = threads_try_socket(op);                           // it may not have been tried yet
+    ring_post(ring, op, res == -EAGAIN ? -ECANCELED : res); // R2: not from in here
 }
 
 static void threads_remove_fd(struct ring *ring, int fd)

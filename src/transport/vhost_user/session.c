@@ -243,9 +243,11 @@ static int run_set_vring_kick(struct session *session)
     struct virtqueue *vq = session_vq(session);
     int ret = session_take_eventfd(session, &vq->kick_fd);
 
-    if (!ret)
-        vq->is_kick_set = true;
-    return ret;
+    if (ret < 0)
+        return ret;
+    vq->is_kick_set = true;
+    vq->is_broken = false;
+    return 0;
 }
 
 static int run_set_vring_call(struct session *session)

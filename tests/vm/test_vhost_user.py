@@ -1,0 +1,106 @@
+"""Linux's virtio disk driver, by way of QEMU, on `bight serve --vhost-user`."""
+import os
+import signal
+
+import harness
+from guest import GuestCase
+from harness import BIGHT, M, need
+
+PACKED = ("-global", "vhost-user-blk-pci.packed=on")
+LOAD = """
+tar -C / -cf - usr/bin busybox | tar -C /mnt -xf -
+dd if=/dev/urandom of=/mnt/random bs=64k count=100 2>/dev/null
+(cd /mnt; find usr busybox random -type f | xargs md5sum) >/tmp/sums
+"""
+
+
+@need("mkfs.ext4", "e2fsck")
+class TestVhostUser(GuestCase):
+    def serve(self, image, *args):
+        server = harness.Server(image, args=[*args, "--vhost-user", self.path("sock"), "-v"], nbd=[])
+        return self.enterContext(server)
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def disk(self, size):
+        return harness.write_file(self.path("disk"), size=size)
+
+    def boot(self, *programs, args=()):
+        return self.guest(programs=programs, vhost_user=[f"{self.path('sock')},reconnect=1"], args=args)
+
+    def check_ext4(self, args):
+        disk = self.disk(256 * M)
+        server = self.serve(disk)
+        guest = self.boot("mkfs.ext4", "e2fsck", args=args)
+        guest.run(f"""
+            [ $(ls /sys/block/vda/mq | wc -l) = 2 ]
+            [ "$(cat /sys/block/vda/serial)" = disk ]
+            [ "$(cat /sys/block/vda/queue/write_cache)" = "write back" ]
+            mkfs.ext4 -q /dev/vda; mount -o discard /dev/vda /mnt
+            {LOAD}
+            rm -r /mnt/busybox; umount /mnt; e2fsck -fn /dev/vda
+            mount -t ext4 /dev/vda /mnt; fstrim /mnt
+            grep -v busybox /tmp/sums >/tmp/left; (cd /mnt; md5sum -c /tmp/left >/dev/null); umount /mnt
+            e2fsck -fn /dev/vda""", timeout=200)
+        guest.kill()
+        self.assertEqual(harness.SANITIZER.search(server.stop()), None)
+        return disk
+
+    def test_ext4_made_loaded_trimmed_checked_on_split_rings(self):
+        self.check_ext4(())
+
+    def test_ext4_made_loaded_trimmed_checked_on_packed_rings(self):
+        self.check_ext4(PACKED)
+
+    def test_read_only(self):
+        self.serve(self.disk(8 * M), "--read-only")
+        guest = self.boot()
+        guest.run("""[ "$(cat /sys/block/vda/ro)" = 1 ]
+            ! dd if=/dev/zero of=/dev/vda count=1 conv=fsync 2>/dev/null""")
+
+    def test_cache_mode(self):
+        self.serve(self.disk(8 * M))
+        guest = self.boot()
+        guest.run("""echo "write through" >/sys/block/vda/cache_type
+            [ "$(cat /sys/block/vda/queue/write_cache)" = "write through" ]
+            dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync 2>/dev/null""")
+
+    def check_restart(self, args, number):
+        """The server is restarted, or killed, under load: no error, and every byte as written."""
+        disk = self.disk(64 * M)
+        server = self.serve(disk)
+        guest = self.boot("mkfs.ext4", "e2fsck", args=args)
+        guest.run("mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt")
+        load = guest.start("""
+            for n in 1 2 3 4; do
+                dd if=/dev/urandom of=/tmp/random bs=64k count=40 2>/dev/null
+                cp /tmp/random /mnt/random; sync; echo 3 >/proc/sys/vm/drop_caches; cmp /tmp/random /mnt/random
+                echo $n >/tmp/round
+            done""")
+        for n in (1, 2):
+            guest.run(f"until [ -e /tmp/round ] && [ $(cat /tmp/round) -ge {n} ]; do sleep 0.02; done")
+            server.process.send_signal(number)
+            server.process.wait()
+            server = self.serve(disk)
+        status, output = load.wait(200)
+        self.assertEqual(status, 0, output)
+        guest.run("umount /mnt; e2fsck -fn /dev/vda; ! dmesg | grep -i 'I/O error'")
+
+    def test_server_stopped_and_started_under_load(self):
+        self.check_restart((), signal.SIGTERM)
+
+    def test_server_killed_and_started_under_load(self):
+        self.check_restart((), signal.SIGKILL)
+
+    def test_server_killed_and_started_under_load_on_packed_rings(self):
+        self.check_restart(PACKED, signal.SIGKILL)
+
+    def test_machines_one_after_the_other_on_one_socket(self):
+        self.serve(self.disk(8 * M))
+        for text in ("first", "second"):
+            guest = self.boot()
+            guest.run(f"[ {text} = first ] || [ $(head -c 5 /dev/vda) = first ]; "
+                      f"printf {text} | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null")
+            guest.kill()
+            guest.stack.close()
