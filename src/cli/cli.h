@@ -10,6 +10,8 @@ struct cli_command {
 
 extern const struct cli_command cli_serve;
 extern const struct cli_command cli_map;
+extern const struct cli_command cli_attach, cli_list, cli_show, cli_set, cli_switch, cli_resize, cli_detach,
+    cli_stats;
 
 // Exit statuses.
 enum {

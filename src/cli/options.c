@@ -30,6 +30,9 @@ enum {
     OPT_CONNECTIONS,
     OPT_POLL_US,
     OPT_RING,
+    OPT_JSON,
+    OPT_FOREGROUND,
+    OPT_METRICS,
 };
 
 #define OPTIONS_BOTH (OPTIONS_SERVE | OPTIONS_ATTACH)
@@ -59,6 +62,9 @@ static const struct {
     {{"connections", required_argument, NULL, OPT_CONNECTIONS}, OPTIONS_BOTH},
     {{"poll-us", required_argument, NULL, OPT_POLL_US}, OPTIONS_BOTH},
     {{"ring", required_argument, NULL, OPT_RING}, OPTIONS_BOTH},
+    {{"json", no_argument, NULL, OPT_JSON}, OPTIONS_ATTACH},
+    {{"foreground", no_argument, NULL, OPT_FOREGROUND}, OPTIONS_ATTACH},
+    {{"metrics", required_argument, NULL, OPT_METRICS}, OPTIONS_ATTACH},
     {{"verbose", no_argument, NULL, 'v'}, OPTIONS_BOTH},
     {{"help", no_argument, NULL, 'h'}, OPTIONS_BOTH},
 };
@@ -159,6 +165,15 @@ static int options_take(struct options *options, int option, const char *arg, st
         return 0;
     case OPT_RING:
         options->ring_name = arg;
+        return 0;
+    case OPT_JSON:
+        options->is_json = true;
+        return 0;
+    case OPT_FOREGROUND:
+        options->is_foreground = true;
+        return 0;
+    case OPT_METRICS:
+        options->metrics = arg;
         return 0;
     case 'v':
         log_is_verbose = true;

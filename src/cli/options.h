@@ -48,6 +48,9 @@ struct options {
     struct transport_addrs addrs[TRANSPORT_NR];
     const char **names, **images; // room for all arguments, as in addrs
     unsigned nr_names, nr_images;
+    // bight attach only.
+    bool is_json, is_foreground;
+    const char *metrics;
 };
 
 // Parses argv[1...] of that command; options_free() in any case. 0: go on. 1: help was asked for. A

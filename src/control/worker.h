@@ -7,6 +7,7 @@
 #include "core/device.h"
 #include "transport/transport.h"
 
+struct device_change;
 struct worker;
 
 struct worker_options {
@@ -24,6 +25,8 @@ struct worker_options {
     void (*stopping)(struct worker *worker);
     // Optional. All is over and written out, or error says what was not. No ring any more.
     void (*stopped)(struct worker *worker, int error, const struct err *err);
+    // Optional. For device_change.committed, whose arg is the worker.
+    void (*committed)(struct device_change *change);
     void *arg; // for these
 };
 

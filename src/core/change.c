@@ -18,6 +18,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "image/holder.h"
 #include "io/io.h"
 #include "map/map.h"
 #include "util/util.h"
@@ -144,6 +145,7 @@ static int change_adjust_image(struct device_change *change)
 {
     const struct image *image = change->dev->image;
     const struct image_options *options = &change->options.image;
+    char holder[64];
     int ret;
 
     ret = image_remeasure(&change->next, image, options, &change->err);
@@ -157,8 +159,8 @@ static int change_adjust_image(struct device_change *change)
         ret = image_lock(image->fd, options->is_read_only);
         if (ret < 0) {
             image_lock(image->fd, image->is_read_only);
-            return err_set(&change->err, ret, "%s: somebody else has it open; it stays read-only",
-                           image->path);
+            image_holder(image->fd, holder, sizeof(holder));
+            return err_set(&change->err, ret, "%s: %s has it open; it stays read-only", image->path, holder);
         }
         change->next.is_read_only = options->is_read_only;
     }
@@ -369,6 +371,8 @@ static void change_opened(struct ring_op *op, int res)
     change->error = res;
     if (!res)
         change_swap(change); // H1
+    if (!res && change->committed)
+        change->committed(change);
     has_old = change->io || change->map || change->image || change->writeback;
     device_unfreeze(change->dev);
     if (!has_old) {

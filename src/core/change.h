@@ -11,6 +11,9 @@ struct setting;
 
 struct device_change {
     struct err err; // what is wrong, when it failed
+    // Optional. Main thread, frozen still: it has come true, and what comes next will rely on it.
+    void (*committed)(struct device_change *change);
+    void *arg; // for the caller
     // The rest is change.c's.
     struct device *dev;
     struct ring *ring;

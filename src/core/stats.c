@@ -17,6 +17,11 @@ static const char *const op_names[REQ_OP_NR] = {
     [REQ_OP_PREFETCH] = "prefetch",
 };
 
+const char *stats_op_name(enum req_op op)
+{
+    return op_names[op];
+}
+
 uint64_t stats_bucket_ns(unsigned bucket)
 {
     unsigned octave = bucket >> STATS_SUB_BITS, sub = bucket & ((1 << STATS_SUB_BITS) - 1);

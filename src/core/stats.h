@@ -51,5 +51,8 @@ void stats_sum(const struct device *dev, struct queue_stats *sum);
 // without any.
 uint64_t stats_percentile_ns(const struct op_stats *op, double percent);
 
+// "read", "write"...
+const char *stats_op_name(enum req_op op);
+
 // A table for people.
 void stats_print(const struct device *dev, FILE *file);

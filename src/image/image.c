@@ -14,6 +14,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "image/holder.h"
 #include "util/util.h"
 
 // QEMU's permissions (include/block/block-common.h), as bits of the bytes that it locks.
@@ -310,6 +311,7 @@ int image_set_direct(struct image *next, const struct image *image, bool is_dire
 
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err)
 {
+    char holder[64];
     int ret;
 
     *image = (struct image){.fd = -1, .buffered_fd = -1, .is_read_only = options->is_read_only};
@@ -321,9 +323,9 @@ int image_open(struct image *image, const char *path, const struct image_options
         goto out;
     ret = image_lock(image->fd, options->is_read_only);
     if (ret == -EAGAIN) {
-        err_set(err, ret, "%s: somebody (bight or QEMU, this process too) has it open for writing%s", path,
-                options->is_read_only ? "; detach it there first"
-                                      : ", or for reading; detach it there first");
+        image_holder(image->fd, holder, sizeof(holder));
+        err_set(err, ret, "%s: %s has it open for writing%s; detach it there first", path, holder,
+                options->is_read_only ? "" : ", or for reading");
         goto out;
     }
     if (ret < 0)

@@ -142,6 +142,10 @@ extern const struct ring_ops ring_threads_ops;
 // for an unknown name, or when uring was asked for and cannot be had.
 const struct ring_ops *ring_choose(const char *name, struct err *err);
 
+// -1, or what every ring that is created from now on holds open until the kernel has taken it apart, which
+// may be later than the end of the process.
+extern int ring_guard_fd;
+
 // 0 or a negative errno with err set. In the thread that will own the ring.
 int ring_create(const struct ring_ops *ops, struct ring **ring, struct err *err);
 

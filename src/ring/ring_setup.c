@@ -37,11 +37,15 @@ const struct ring_ops *ring_choose(const char *name, struct err *err)
     return NULL;
 }
 
+int ring_guard_fd = -1;
+
 int ring_create(const struct ring_ops *ops, struct ring **ring, struct err *err)
 {
     int ret = ops->create(ring, err);
 
     assert(ret < 0 || (*ring)->ops == ops);
+    if (!ret && ring_guard_fd >= 0)
+        ring_add_fd(*ring, ring_guard_fd);
     return ret;
 }
 

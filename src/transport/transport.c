@@ -2,6 +2,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 const struct transport_ops *const transport_table[TRANSPORT_NR] = {
@@ -95,6 +96,27 @@ void transports_destroy(struct transport_set *set)
 
         transport->ops->destroy(transport);
     }
+}
+
+int transports_busy(struct transport_set *set, struct err *err)
+{
+    int ret = 0;
+
+    for (unsigned i = 0; i < set->nr_transports && !ret; i++) {
+        struct transport *transport = set->transports[i];
+
+        if (transport->ops->busy)
+            ret = transport->ops->busy(transport, err);
+    }
+    return ret;
+}
+
+void transport_hold_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes)
+{
+    if (hold->ops->uri)
+        hold->ops->uri(hold, uri, uri_bytes);
+    else
+        snprintf(uri, uri_bytes, "%s", hold->addr);
 }
 
 void transports_device_changed(struct transport_set *set, struct device *dev)

@@ -61,7 +61,7 @@ struct transport_ops {
     // err set.
     int (*hold)(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err);
     // Required. T1; nobody is served any more. Takes back what hold() did, and closes fd; also when
-    // addr is NULL, when there was no hold().
+    // addr is NULL, when there was no hold(), and when fd is -1: those who had it are dead.
     void (*release)(struct transport_hold *hold);
     // Required. Main thread. Begins to serve. The holds live longer than the transport. 0 or a negative
     // errno with err set.
@@ -73,6 +73,10 @@ struct transport_ops {
     // Required. After transport_stopped(), when the main ring is gone: the ring may have been waiting
     // for us.
     void (*destroy)(struct transport *transport);
+    // Optional. Any process that has the hold. The address for people and programs; without it, addr.
+    void (*uri)(const struct transport_hold *hold, char *uri, unsigned uri_bytes);
+    // Optional. Main thread. Who uses the device: -EBUSY with err naming them, or 0.
+    int (*busy)(struct transport *transport, struct err *err);
     // Optional. Main thread. The device's size or another limit has changed: clients are told where
     // the protocol can.
     void (*device_changed)(struct transport *transport, struct device *dev);
@@ -100,6 +104,8 @@ int transports_hold(struct transport_holds *holds, const struct transport_addrs 
                     unsigned nr_listen_fds, const struct transport_hold_options *options, struct err *err);
 void transports_release(struct transport_holds *holds);
 
+void transport_hold_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes);
+
 // Starts those that something is held for. Main thread. 0, or a negative errno with err set: then what
 // has started is to be stopped and destroyed like the rest.
 int transports_start(struct transport_set *set, const struct transport_options *options,
@@ -109,6 +115,9 @@ int transports_start(struct transport_set *set, const struct transport_options *
 void transports_stop(struct transport_set *set);
 void transports_destroy(struct transport_set *set);
 void transports_device_changed(struct transport_set *set, struct device *dev);
+
+// -EBUSY with err naming who uses a device, or 0. Main thread.
+int transports_busy(struct transport_set *set, struct err *err);
 
 // For a transport: it has stopped. Main thread.
 void transport_stopped(struct transport *transport);

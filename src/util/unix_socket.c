@@ -94,3 +94,13 @@ void unix_socket_unlisten(int fd)
         unlink(sun.sun_path);
     close(probe);
 }
+
+void unix_socket_remove_stale(const char *path)
+{
+    struct sockaddr_un sun = {.sun_family = AF_UNIX};
+
+    if (strlen(path) >= sizeof(sun.sun_path))
+        return;
+    strcpy(sun.sun_path, path);
+    unix_socket_clear_path("", &sun, &(struct err){.line = ""});
+}

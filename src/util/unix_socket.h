@@ -10,3 +10,6 @@ int unix_socket_listen(const char *what, const char *path, struct err *err);
 // Ends the listening, and removes the path if it still leads to fd. Before fd is closed. Other kinds of
 // socket only end.
 void unix_socket_unlisten(int fd);
+
+// Removes the socket at path if nobody listens there.
+void unix_socket_remove_stale(const char *path);

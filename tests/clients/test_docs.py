@@ -74,7 +74,8 @@ def commands_in(lines):
 def examples():
     """Command lines of the README and of the man pages."""
     found = [c for block in code_blocks(text_of("README.md")) for c in commands_in(block)]
-    for page in ("bight.1", "bight-map.1", "bight-serve.1"):
+    pages = [f"bight-{command}.1" for command in (*Attached.COMMANDS, "map", "serve")]
+    for page in ("bight.1", *pages):
         for block in re.findall(r"^\.Bd [^\n]*\n(.*?)^\.Ed", man_section(page, "EXAMPLES"), re.M | re.S):
             found += commands_in(block)
     return found
@@ -122,6 +123,45 @@ class Map(unittest.TestCase):
         self.assertEqual(sorted(complete("bight map -")), sorted(help_options("map")))
 
 
+# Options of other commands that a page speaks of
+ELSEWHERE = {"switch": {"--offset", "--size-limit"}, "list": {"--lazy"}}
+
+
+class Attached(unittest.TestCase):
+    """The commands for attached devices."""
+
+    COMMANDS = ("attach", "list", "show", "set", "switch", "resize", "detach", "stats")
+
+    def test_man_pages_have_every_option_and_no_other(self):
+        for command in self.COMMANDS:
+            with self.subTest(command):
+                text = text_of(f"man/bight-{command}.1").split(".Sh LOSETUP")[0]
+                self.assertEqual(sorted(man_options(text) - ELSEWHERE.get(command, set())),
+                                 sorted(help_options(command)))
+
+    def test_completion_has_every_option_and_no_other(self):
+        for command in self.COMMANDS:
+            with self.subTest(command):
+                self.assertEqual(sorted(complete(f"bight {command} -")), sorted(help_options(command)))
+
+    def test_every_option_of_losetup_has_a_counterpart(self):
+        """What losetup here has: a row of the table names it."""
+        table = text_of("man/bight-attach.1").split(".Sh LOSETUP")[1].split(".El")[0]
+        options = set(re.findall(r"^ (?:-\w, )? *(--[a-z-]+)", run("losetup", "--help"), re.M))
+        self.assertGreater(len(options), 12)
+        # of losetup's own output
+        options -= {"--help", "--version", "--noheadings", "--output", "--output-all", "--json", "--show"}
+        named = {f"-{flag}" for flag in re.findall(r"\bFl (?:\w , Fl )*(-[a-z-]+)", table)}
+        named |= {f"--{flag}" for flag in re.findall(r"-([a-z]+(?:-[a-z]+)*) ", table)}
+        self.assertEqual(options - named, set())
+
+    def test_settings_are_those_of_the_help(self):
+        told = re.findall(r"^  ([a-z]+)=", run(BIGHT, "set", "--help"), re.M)
+        self.assertEqual(sorted(complete("bight set disk ")), sorted(f"{key}=" for key in told))
+        items = re.findall(r"^\.It Cm ([a-z]+) Ns = ", text_of("man/bight-set.1"), re.M)
+        self.assertEqual(items, told)
+
+
 class Overview(unittest.TestCase):
     def setUp(self):
         text = run(BIGHT, "--help")
@@ -142,7 +182,7 @@ class Overview(unittest.TestCase):
 class Completion(unittest.TestCase):
     def test_words(self):
         for line, words in (
-            ("bight ser", "serve"), ("bight help ", "serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
+            ("bight ser", "serve"), ("bight help ", "attach list show set switch resize detach stats serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
             ("bight serve --io ", "direct buffered null fault:"), ("bight serve --io b", "buffered"),
             ("bight serve --io=b", "buffered"), ("bight serve --map ", "linear"), ("bight serve --format ", "raw"),
             ("bight serve --ring ", "auto uring threads"), ("bight serve --block-size ", "512 1024 2048 4096"),

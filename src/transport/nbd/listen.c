@@ -31,7 +31,7 @@ static int listen_addrinfo(const struct addrinfo *ai)
 }
 
 // "HOST:PORT", "[V6]:PORT", ":PORT": split at the last colon.
-static int listen_tcp(const char *addr, struct err *err)
+static int listen_tcp(const char *option, const char *addr, struct err *err)
 {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found, *ai;
     const char *colon = strrchr(addr, ':'), *host = addr;
@@ -42,7 +42,7 @@ static int listen_tcp(const char *addr, struct err *err)
 
     // getaddrinfo() would take a number that is too large modulo 65,536.
     if (!colon || host_len >= sizeof(name) || util_parse_uint(colon + 1, 0, 65535, &port) < 0)
-        return err_usage(err, "--nbd: %s: no such address; use unix:PATH or HOST:PORT", addr);
+        return err_usage(err, "%s: %s: no such address; use unix:PATH or HOST:PORT", option, addr);
     if (host_len >= 2 && host[0] == '[' && host[host_len - 1] == ']') {
         host++;
         host_len -= 2;
@@ -51,7 +51,7 @@ static int listen_tcp(const char *addr, struct err *err)
     name[host_len] = '\0';
     ret = getaddrinfo(host_len ? name : NULL, colon + 1, &hints, &found);
     if (ret)
-        return err_usage(err, "--nbd: %s: %s; use unix:PATH or HOST:PORT", addr, gai_strerror(ret));
+        return err_usage(err, "%s: %s: %s; use unix:PATH or HOST:PORT", option, addr, gai_strerror(ret));
     // Without a host, "::" takes IPv4 as well: the families are tried in that order.
     ret = -EADDRNOTAVAIL;
     for (ai = found; ai && ret < 0; ai = ai->ai_next) {
@@ -62,15 +62,18 @@ static int listen_tcp(const char *addr, struct err *err)
         ret = listen_addrinfo(ai);
     freeaddrinfo(found);
     if (ret < 0)
-        return err_set(err, ret, "--nbd: %s: %s; use another address or port", addr, strerror(-ret));
+        return err_set(err, ret, "%s: %s: %s; use another address or port", option, addr, strerror(-ret));
     return ret;
 }
 
-int nbd_listen(const char *addr, struct err *err)
+int nbd_listen(const char *option, const char *addr, struct err *err)
 {
+    char what[32];
+
+    snprintf(what, sizeof(what), "%s: unix:", option);
     if (!strncmp(addr, "unix:", 5))
-        return unix_socket_listen("--nbd: unix:", addr + 5, err);
-    return listen_tcp(addr, err);
+        return unix_socket_listen(what, addr + 5, err);
+    return listen_tcp(option, addr, err);
 }
 
 // RFC 3986, section 2.1.

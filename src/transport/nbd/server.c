@@ -46,6 +46,7 @@ struct nbd_client {
     struct ring_op timer_op;
     bool is_timer_set;
     struct nbd_conn *conn; // in the transmission phase
+    pid_t peer_pid;        // 0: not on this machine, or not known
 };
 
 struct nbd_listener {
@@ -234,6 +235,8 @@ static void client_timed_out(struct ring_op *op, int res)
 static int client_create(struct nbd_server *server, int fd)
 {
     struct nbd_client *client = calloc(1, sizeof(*client));
+    socklen_t peer_len = sizeof(struct ucred);
+    struct ucred peer;
 
     if (!client)
         return -ENOMEM;
@@ -246,6 +249,8 @@ static int client_create(struct nbd_server *server, int fd)
     }
     client->server = server;
     client->fd = fd;
+    if (!getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_len))
+        client->peer_pid = peer.pid;
     client->next = server->clients;
     client->at = &server->clients;
     if (client->next)
@@ -363,15 +368,46 @@ static int nbd_hold(struct transport_hold *hold, const struct transport_hold_opt
                     struct err *err)
 {
     (void)options;
-    hold->fd = nbd_listen(hold->addr, err);
+    hold->fd = nbd_listen("--nbd", hold->addr, err);
     return hold->fd < 0 ? hold->fd : 0;
 }
 
 static void nbd_release(struct transport_hold *hold)
 {
+    if (hold->fd < 0) { // of a process that was killed
+        if (!strncmp(hold->addr, "unix:", 5))
+            unix_socket_remove_stale(hold->addr + 5);
+        return;
+    }
     if (hold->addr)
         unix_socket_unlisten(hold->fd);
     close(hold->fd);
+}
+
+static void nbd_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes)
+{
+    nbd_listen_uri(hold->fd, uri, uri_bytes);
+}
+
+static int nbd_busy(struct transport *transport, struct err *err)
+{
+    struct nbd_server *server = container_of(transport, struct nbd_server, transport);
+    unsigned nr = 0;
+    pid_t pid = 0;
+
+    for (struct nbd_client *client = server->clients; client; client = client->next) {
+        if (!client->conn)
+            continue;
+        nr++;
+        if (client->peer_pid > 0)
+            pid = client->peer_pid;
+    }
+    if (!nr)
+        return 0;
+    if (pid)
+        return err_set(err, -EBUSY, "%u NBD %s connected (process %d)", nr,
+                       nr == 1 ? "client is" : "clients are", (int)pid);
+    return err_set(err, -EBUSY, "%u NBD %s connected", nr, nr == 1 ? "client is" : "clients are");
 }
 
 static void nbd_destroy(struct transport *transport)
@@ -445,4 +481,6 @@ const struct transport_ops nbd_transport_ops = {
     .start = nbd_start,
     .stop = nbd_stop,
     .destroy = nbd_destroy,
+    .uri = nbd_uri,
+    .busy = nbd_busy,
 };

@@ -115,6 +115,10 @@ static int vhost_user_hold(struct transport_hold *hold, const struct transport_h
 
 static void vhost_user_release(struct transport_hold *hold)
 {
+    if (hold->fd < 0) { // of a process that was killed
+        unix_socket_remove_stale(hold->addr);
+        return;
+    }
     unix_socket_unlisten(hold->fd);
     close(hold->fd);
 }

@@ -1,0 +1,272 @@
+// bight attach: a supervisor and its worker in the background, and a device for who asked.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cli/cli.h"
+#include "cli/options.h"
+#include "control/clean.h"
+#include "control/http.h"
+#include "control/supervisor.h"
+#include "util/log.h"
+#include "util/util.h"
+
+// clang-format off
+static const char attach_help[] =
+    "usage: bight attach [OPTIONS] IMAGE [TRANSPORT...]\n"
+    "\n"
+    "Attaches IMAGE (a raw file or a block device), prints the device or the URI, and returns. It stays\n"
+    "until bight detach. A worker process that is killed is replaced at once.\n"
+    "\n"
+    "  --name NAME          of the device (default: the file's, without its ending; NAME-2... when taken)\n"
+    "  --json               print name, pid, device and URIs, for programs\n"
+    "  --metrics ADDR       counters for Prometheus by HTTP on HOST:PORT or unix:PATH\n"
+    "  --foreground         do not go to the background; for systemd and its like\n"
+    OPTIONS_HELP
+    "\n"
+    "Sizes take K, M, G, T. See bight-attach(1).\n";
+// clang-format on
+
+struct attach {
+    struct options options;
+    char image[PATH_MAX], cwd[PATH_MAX];
+    struct state state;
+    struct transport_holds holds;
+    int metrics_fd;
+};
+
+// The background process may outlive the directory it was started in, and must not depend on it.
+static const char *absolute_addr(const struct attach *attach, const char *addr)
+{
+    const char *path = !strncmp(addr, "unix:", 5) ? addr + 5 : NULL;
+    char *absolute;
+
+    if (!path || path[0] == '/' || asprintf(&absolute, "unix:%s/%s", attach->cwd, path) < 0)
+        return addr;
+    return absolute; // as long as the process
+}
+
+static int attach_resolve(struct attach *attach, struct err *err)
+{
+    struct options *options = &attach->options;
+
+    if (options->nr_images != 1)
+        return err_usage(err, "attach: one IMAGE at a time; bight serve takes several");
+    if (options->nr_names && !state_is_name(options->names[0]))
+        return err_usage(err,
+                         "--name: %s: use up to %d of A-Z a-z 0-9 . _ -, and begin with a letter or digit",
+                         options->names[0], STATE_NAME_MAX);
+    if (!realpath(options->images[0], attach->image))
+        return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
+                       options->images[0], strerror(errno));
+    options->images[0] = attach->image;
+    if (!getcwd(attach->cwd, sizeof(attach->cwd)))
+        strcpy(attach->cwd, "/");
+    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
+        for (unsigned j = 0; j < options->addrs[i].nr_addrs; j++)
+            options->addrs[i].addrs[j] = absolute_addr(attach, options->addrs[i].addrs[j]);
+    }
+    if (options->metrics)
+        options->metrics = absolute_addr(attach, options->metrics);
+    return 0;
+}
+
+static int attach_claim(struct attach *attach, struct err *err)
+{
+    bool is_exact = attach->options.nr_names;
+    char name[STATE_NAME_MAX + 1];
+    struct state dead;
+    int ret;
+
+    if (is_exact)
+        snprintf(name, sizeof(name), "%s", attach->options.names[0]);
+    else
+        state_name_of(attach->image, name);
+    ret = state_claim(&attach->state, name, is_exact, err);
+    if (ret != -EEXIST || state_open(&dead, name, &(struct err){.line = ""}) < 0)
+        return ret;
+    if (state_take_dead(&dead)) { // what asks for a name by a unit file asks again after a crash
+        clean_dead(&dead, err);
+        ret = state_claim(&attach->state, name, is_exact, err);
+    }
+    state_close(&dead);
+    return ret;
+}
+
+// None was named: NBD in the run directory.
+static int attach_choose(struct attach *attach, struct err *err)
+{
+    struct options *options = &attach->options;
+    char *addr;
+
+    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
+        if (options->addrs[i].nr_addrs)
+            return 0;
+    }
+    if (getenv("LISTEN_FDS"))
+        return 0;
+    if (asprintf(&addr, "unix:%s/nbd", attach->state.path) < 0)
+        return err_set(err, -ENOMEM, "out of memory");
+    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
+        if (transport_table[i] == &nbd_transport_ops)
+            options->addrs[i].addrs[options->addrs[i].nr_addrs++] = addr;
+    }
+    return 0;
+}
+
+static int attach_hold(struct attach *attach, struct err *err)
+{
+    int ret = attach_choose(attach, err);
+
+    attach->metrics_fd = -1;
+    if (ret < 0)
+        return ret;
+    ret = options_hold(&attach->options, &attach->holds, err);
+    if (ret < 0)
+        return ret;
+    if (!attach->holds.nr_holds)
+        return err_usage(err, "attach: no transport; use --nbd, or none for the default");
+    if (!attach->options.metrics)
+        return 0;
+    attach->metrics_fd = http_listen(attach->options.metrics, err);
+    if (attach->metrics_fd >= 0)
+        return 0;
+    transports_release(&attach->holds);
+    return attach->metrics_fd;
+}
+
+// Everything from the name on, in the process that stays. answer_fd: see supervisor.h; -1: stdout and stderr
+// are those of who asked.
+static int attach_run(struct attach *attach, int answer_fd)
+{
+    const struct options *options = &attach->options;
+    const char *names[1] = {attach->state.name};
+    struct err err = {.line = ""};
+    int ret;
+
+    worker_block_signals();
+    ret = attach_claim(attach, &err);
+    if (ret < 0)
+        goto out;
+    ret = attach_hold(attach, &err);
+    if (ret < 0) {
+        state_remove(&attach->state);
+        goto out;
+    }
+    if (!options->is_foreground) {
+        int log_fd = openat(attach->state.fd, "log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+
+        dup2(log_fd, STDERR_FILENO);
+        close(log_fd);
+        if (chdir("/") < 0)
+            log_verbose("chdir: %s", strerror(errno));
+    }
+    ret = supervisor_run(&(struct supervisor_options){
+        .worker = {.device = options->device,
+                   .names = names,
+                   .images = options->images,
+                   .nr_images = 1,
+                   .ring_name = options->ring_name,
+                   .nr_workers = options->nr_workers,
+                   .max_connections = options->max_connections},
+        .holds = &attach->holds,
+        .dir = &attach->state,
+        .answer_fd = answer_fd,
+        .is_json = options->is_json,
+        .metrics_fd = attach->metrics_fd,
+    });
+    transports_release(&attach->holds);
+    state_remove(&attach->state);
+    return ret < 0 ? CLI_ERROR : CLI_OK;
+out:
+    supervisor_tell(answer_fd, err.is_usage ? '?' : '-', err.line);
+    return err.is_usage ? CLI_USAGE : CLI_ERROR;
+}
+
+// The answer of the process that stays.
+static int attach_wait(int fd)
+{
+    char *line = NULL;
+    size_t bytes = 0;
+    FILE *file = fdopen(fd, "r");
+    ssize_t len = file ? getline(&line, &bytes, file) : -1;
+    int status = CLI_ERROR;
+
+    if (len < 2) {
+        log_line("attach: its process has died; see the kernel's log");
+    } else {
+        line[len - 1] = '\0';
+        status = line[0] == '+' ? CLI_OK : line[0] == '?' ? CLI_USAGE : CLI_ERROR;
+        if (status == CLI_OK)
+            puts(line + 1);
+        else
+            log_line("%s", line + 1);
+    }
+    free(line);
+    if (file)
+        fclose(file);
+    return status;
+}
+
+static int attach_background(struct attach *attach)
+{
+    int answer[2], null_fd;
+    pid_t pid;
+
+    if (pipe2(answer, O_CLOEXEC) < 0 || (pid = fork()) < 0) {
+        log_line("attach: starting a process: %s", strerror(errno));
+        return CLI_ERROR;
+    }
+    if (pid) {
+        close(answer[1]);
+        return attach_wait(answer[0]);
+    }
+    close(answer[0]);
+    setsid();
+    null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    dup2(null_fd, STDIN_FILENO);
+    dup2(null_fd, STDOUT_FILENO);
+    close(null_fd);
+    return attach_run(attach, answer[1]);
+}
+
+static int attach_main(int argc, char **argv)
+{
+    struct attach *attach = calloc(1, sizeof(*attach));
+    struct err err = {.line = ""};
+    int status = CLI_OK, ret;
+
+    if (!attach) {
+        log_line("out of memory");
+        return CLI_ERROR;
+    }
+    ret = options_parse(&attach->options, OPTIONS_ATTACH, argc, argv, &err);
+    if (ret == 1) {
+        fputs(attach_help, stdout);
+        goto out;
+    }
+    if (!ret)
+        ret = attach_resolve(attach, &err);
+    if (ret < 0) {
+        log_line("%s", err.line);
+        status = err.is_usage ? CLI_USAGE : CLI_ERROR;
+        goto out;
+    }
+    status = attach->options.is_foreground ? attach_run(attach, -1) : attach_background(attach);
+out:
+    options_free(&attach->options);
+    free(attach);
+    return status;
+}
+
+const struct cli_command cli_attach = {
+    .name = "attach",
+    .summary = "attach an image as a device, in the background",
+    .help = attach_help,
+    .run = attach_main,
+};

@@ -1,0 +1,562 @@
+#include "control/supervisor.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "control/http.h"
+#include "control/verbs.h"
+#include "core/change.h"
+#include "io/io.h"
+#include "ring/ring.h"
+#include "util/notify.h"
+#include "util/unix_socket.h"
+#include "util/util.h"
+
+#define MAX_DEATHS 5 // P4
+#define DEATHS_SEC 60
+
+// From a worker to its supervisor: one datagram each.
+struct message {
+    enum {
+        MESSAGE_IMAGE,    // this image is in use, with these settings; its descriptor comes with it
+        MESSAGE_READY,    // it serves; text is the device, if it is another than before
+        MESSAGE_STOPPING, // because it was asked to
+        MESSAGE_ERROR,    // why it ends
+    } kind;
+    bool is_read_only, is_usage;
+    char text[4096]; // the image's path; the device; what is wrong
+    char io[512], map[64];
+    uint64_t writeback_bytes;
+};
+
+struct supervisor {
+    const struct supervisor_options *options;
+    struct worker_options worker; // as the last worker has left it
+    struct control_facts facts;
+    int listen_fd; // control socket
+    int signal_fd;
+    // The worker.
+    pid_t pid;      // 0: there is none
+    int channel_fd; // messages come from there
+    int guard_fd;   // P3: at its end when the last ring has gone; -1
+    bool is_stopping, is_ready, is_over, has_answered;
+    int answer_fd;
+    int ret;
+    struct err err; // what it has said last
+    int image_fd;   // P2; -1
+    struct message image;
+    uint64_t deaths_ns[MAX_DEATHS]; // the latest
+};
+
+// ---- In the worker
+
+struct attached {
+    struct supervisor *supervisor;
+    struct control control;
+    struct http *http;
+    int channel_fd;
+};
+
+static void send_message(int channel_fd, const struct message *message, int fd)
+{
+    struct iovec iov = {.iov_base = (void *)message, .iov_len = sizeof(*message)};
+    union {
+        struct cmsghdr head;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = {
+        .head = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))}};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+
+    if (fd >= 0) {
+        memcpy(CMSG_DATA(&control.head), &fd, sizeof(fd));
+        msg.msg_control = &control;
+        msg.msg_controllen = sizeof(control);
+    }
+    while (sendmsg(channel_fd, &msg, MSG_NOSIGNAL) < 0 && errno == EINTR)
+        ; // P5: nobody listens: so be it
+}
+
+static void send_image(const struct attached *attached, const struct device *dev)
+{
+    struct message message = {
+        .kind = MESSAGE_IMAGE,
+        .is_read_only = dev->image->is_read_only,
+        .writeback_bytes = dev->options.writeback_bytes,
+    };
+
+    snprintf(message.text, sizeof(message.text), "%s", dev->image->path);
+    snprintf(message.io, sizeof(message.io), "%s", dev->options.io);
+    snprintf(message.map, sizeof(message.map), "%s", dev->options.map);
+    send_message(attached->channel_fd, &message, dev->image->fd);
+}
+
+static void worker_committed(struct device_change *change)
+{
+    struct worker *worker = change->arg;
+
+    send_image(worker->options->arg, change->dev);
+}
+
+static void worker_asked_to_stop(struct control *control)
+{
+    worker_stop(control->worker);
+}
+
+static int worker_ready(struct worker *worker, struct err *err)
+{
+    struct attached *attached = worker->options->arg;
+    const struct supervisor_options *options = attached->supervisor->options;
+    struct message message = {.kind = MESSAGE_READY};
+    int ret;
+
+    attached->control = (struct control){
+        .server = {.ring = worker->ring,
+                   .fd = attached->supervisor->listen_fd,
+                   .nr_pending = &worker->nr_pending},
+        .state = CONTROL_RUNS,
+        .facts = &attached->supervisor->facts,
+        .worker = worker,
+        .stop = worker_asked_to_stop,
+    };
+    if (options->metrics_fd >= 0) {
+        ret = http_start(&attached->http, options->metrics_fd, worker->ring, worker->devs[0], err);
+        if (ret < 0)
+            return ret;
+    }
+    control_start(&attached->control);
+    send_image(attached, worker->devs[0]);
+    send_message(attached->channel_fd, &message, -1);
+    return 0;
+}
+
+static void worker_stopping(struct worker *worker)
+{
+    struct attached *attached = worker->options->arg;
+
+    send_message(attached->channel_fd, &(struct message){.kind = MESSAGE_STOPPING}, -1);
+    if (attached->control.facts)
+        control_stop(&attached->control);
+    if (attached->http)
+        http_stop(attached->http);
+}
+
+static void worker_stopped(struct worker *worker, int error, const struct err *err)
+{
+    struct attached *attached = worker->options->arg;
+    struct supervisor *supervisor = attached->supervisor;
+
+    if (attached->http)
+        http_destroy(attached->http);
+    control_end(&attached->control, error, err);
+    if (getppid() == supervisor->facts.supervisor_pid)
+        return;
+    transports_release(supervisor->options->holds); // P5
+    state_remove(supervisor->options->dir);
+}
+
+static int worker_main(struct supervisor *supervisor, int channel_fd, int guard_fd)
+{
+    struct attached attached = {.supervisor = supervisor, .channel_fd = channel_fd};
+    struct message message = {.kind = MESSAGE_ERROR};
+    struct err err = {.line = ""};
+    int ret;
+
+    close(supervisor->signal_fd);
+    if (supervisor->answer_fd >= 0)
+        close(supervisor->answer_fd);
+    ring_guard_fd = guard_fd;
+    // A block device or a file of this machine may be what our memory is written back to.
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+    supervisor->worker.arg = &attached;
+    supervisor->worker.device.image.is_open = supervisor->image_fd >= 0;
+    supervisor->worker.device.image.fd = supervisor->image_fd;
+    ret = worker_run(&supervisor->worker, &err);
+    if (ret < 0) {
+        snprintf(message.text, sizeof(message.text), "%s",
+                 err.line[0] ? err.line : "what was written last may be lost");
+        message.is_usage = err.is_usage;
+        send_message(channel_fd, &message, -1);
+    }
+    return ret < 0;
+}
+
+// ---- In the supervisor
+
+void supervisor_tell(int fd, char kind, const char *text)
+{
+    if (fd >= 0)
+        dprintf(fd, "%c%s\n", kind, text);
+    else if (kind == '+')
+        dprintf(STDOUT_FILENO, "%s\n", text);
+    else
+        log_line("%s", text);
+}
+
+// Once.
+static void supervisor_answer(struct supervisor *supervisor, char kind, const char *text)
+{
+    if (supervisor->has_answered)
+        return;
+    supervisor->has_answered = true;
+    supervisor_tell(supervisor->answer_fd, kind, text);
+    if (supervisor->answer_fd >= 0)
+        close(supervisor->answer_fd);
+    supervisor->answer_fd = -1;
+}
+
+static int supervisor_start_worker(struct supervisor *supervisor)
+{
+    int channel[2], guard[2], ret;
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel) < 0)
+        return err_set(&supervisor->err, -errno, "socketpair: %s", strerror(errno));
+    if (pipe2(guard, O_CLOEXEC) < 0) {
+        ret = err_set(&supervisor->err, -errno, "pipe: %s", strerror(errno));
+        goto out_channel;
+    }
+    supervisor->pid = fork(); // P1
+    if (supervisor->pid < 0) {
+        ret = err_set(&supervisor->err, -errno, "fork: %s", strerror(errno));
+        goto out_guard;
+    }
+    if (!supervisor->pid) {
+        close(channel[0]);
+        close(guard[0]);
+        exit(worker_main(supervisor, channel[1], guard[1]));
+    }
+    close(channel[1]);
+    close(guard[1]);
+    supervisor->channel_fd = channel[0];
+    supervisor->guard_fd = guard[0];
+    return 0;
+
+out_guard:
+    close(guard[0]);
+    close(guard[1]);
+out_channel:
+    close(channel[0]);
+    close(channel[1]);
+    supervisor->pid = 0;
+    return ret;
+}
+
+static void supervisor_write_state(struct supervisor *supervisor)
+{
+    struct json_object *object = control_describe(&supervisor->facts, "running", NULL);
+    int ret = state_write(supervisor->options->dir, "state",
+                          json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN));
+
+    if (ret < 0)
+        log_line("%s: writing its state: %s", supervisor->options->dir->path, strerror(-ret));
+    json_object_put(object);
+}
+
+static void supervisor_ready(struct supervisor *supervisor, const struct message *message)
+{
+    struct json_object *object;
+
+    if (message->text[0])
+        snprintf(supervisor->facts.device, sizeof(supervisor->facts.device), "%.500s", message->text);
+    supervisor_write_state(supervisor);
+    if (supervisor->is_ready)
+        return;
+    supervisor->is_ready = true;
+    notify_send("READY=1");
+    object = control_describe(&supervisor->facts, "running", NULL);
+    supervisor_answer(supervisor, '+',
+                      supervisor->options->is_json
+                          ? json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN)
+                          : supervisor->facts.device);
+    json_object_put(object);
+}
+
+// What the next worker begins with.
+static void supervisor_take_image(struct supervisor *supervisor, const struct message *message, int fd)
+{
+    if (supervisor->image_fd >= 0)
+        close(supervisor->image_fd);
+    supervisor->image_fd = fd;
+    supervisor->image = *message;
+    ((const char **)supervisor->worker.images)[0] = supervisor->image.text;
+    supervisor->worker.device.io = supervisor->image.io;
+    supervisor->worker.device.map = supervisor->image.map;
+    supervisor->worker.device.writeback_bytes = message->writeback_bytes;
+    supervisor->worker.device.image.is_read_only = message->is_read_only;
+    supervisor->facts.image = supervisor->image.text;
+    if (supervisor->is_ready)
+        supervisor_write_state(supervisor);
+}
+
+// false: there is none now.
+static bool supervisor_receive(struct supervisor *supervisor)
+{
+    struct message message;
+    struct iovec iov = {.iov_base = &message, .iov_len = sizeof(message)};
+    union {
+        struct cmsghdr head;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct msghdr msg = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof(control)};
+    int fd = -1;
+
+    if (supervisor->channel_fd < 0 ||
+        recvmsg(supervisor->channel_fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != sizeof(message))
+        return false;
+    if (msg.msg_controllen && CMSG_FIRSTHDR(&msg))
+        memcpy(&fd, CMSG_DATA(&control.head), sizeof(fd));
+    switch (message.kind) {
+    case MESSAGE_IMAGE:
+        supervisor_take_image(supervisor, &message, fd);
+        break;
+    case MESSAGE_READY:
+        supervisor_ready(supervisor, &message);
+        break;
+    case MESSAGE_STOPPING:
+        supervisor->is_stopping = true;
+        notify_send("STOPPING=1");
+        break;
+    case MESSAGE_ERROR:
+        snprintf(supervisor->err.line, sizeof(supervisor->err.line), "%.500s", message.text);
+        supervisor->err.is_usage = message.is_usage;
+        break;
+    }
+    return true;
+}
+
+static void supervisor_give_up(struct supervisor *supervisor, const char *why)
+{
+    snprintf(supervisor->facts.reason, sizeof(supervisor->facts.reason), "%s", why);
+    log_line("%s: %s; given up: detach it, and attach it again", supervisor->options->dir->name, why);
+    transports_release(supervisor->options->holds); // P4
+    if (supervisor->image_fd >= 0)
+        close(supervisor->image_fd);
+    supervisor->image_fd = -1;
+    supervisor_write_state(supervisor);
+}
+
+static void gave_up_stop(struct control *control)
+{
+    control_stop(control);
+}
+
+// Answers "show" and "detach". A ring of its own: nothing is forked any more.
+static void supervisor_serve_given_up(struct supervisor *supervisor)
+{
+    unsigned nr_pending = 0;
+    struct control control = {
+        .server = {.fd = supervisor->listen_fd, .nr_pending = &nr_pending},
+        .state = CONTROL_GAVE_UP,
+        .facts = &supervisor->facts,
+        .stop = gave_up_stop,
+    };
+    struct err err = {.line = ""};
+    sigset_t set;
+
+    if (ring_create(&ring_threads_ops, &control.server.ring, &err) < 0)
+        return;
+    sigemptyset(&set); // a signal ends it here as well
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    control_start(&control);
+    while (control.state == CONTROL_GAVE_UP || nr_pending) {
+        if (ring_run(control.server.ring) < 0)
+            break;
+    }
+    ring_destroy(control.server.ring);
+    control_end(&control, 0, &err);
+}
+
+static void describe_death(char *text, size_t bytes, int status)
+{
+    if (WIFSIGNALED(status))
+        snprintf(text, bytes, "the worker was killed by signal %d (SIG%s)", WTERMSIG(status),
+                 sigabbrev_np(WTERMSIG(status)) ? sigabbrev_np(WTERMSIG(status)) : "?");
+    else
+        snprintf(text, bytes, "the worker ended with status %d", WEXITSTATUS(status));
+}
+
+// The worker is dead, and so are its rings (P3).
+static void supervisor_replace_worker(struct supervisor *supervisor)
+{
+    uint64_t now_ns = util_now_ns();
+    char why[320];
+
+    close(supervisor->guard_fd);
+    supervisor->guard_fd = -1;
+    memmove(supervisor->deaths_ns, supervisor->deaths_ns + 1,
+            sizeof(supervisor->deaths_ns) - sizeof(uint64_t));
+    supervisor->deaths_ns[MAX_DEATHS - 1] = now_ns;
+    if (supervisor->deaths_ns[0] && now_ns - supervisor->deaths_ns[0] < DEATHS_SEC * NSEC_PER_SEC) {
+        snprintf(why, sizeof(why), "%.200s, the %dth time in %d seconds", supervisor->facts.reason,
+                 MAX_DEATHS, DEATHS_SEC);
+        supervisor_give_up(supervisor, why);
+    } else {
+        supervisor->facts.nr_restarts++;
+        if (supervisor_start_worker(supervisor) == 0)
+            return;
+        supervisor_give_up(supervisor, supervisor->err.line);
+    }
+    supervisor_serve_given_up(supervisor);
+    supervisor->ret = -EIO;
+    supervisor->is_over = true;
+}
+
+static void supervisor_bury(struct supervisor *supervisor)
+{
+    int status;
+
+    if (!supervisor->pid || waitpid(supervisor->pid, &status, WNOHANG) != supervisor->pid)
+        return;
+    while (supervisor_receive(supervisor))
+        ; // its last words
+    close(supervisor->channel_fd);
+    supervisor->channel_fd = -1;
+    supervisor->pid = 0;
+    describe_death(supervisor->facts.reason, sizeof(supervisor->facts.reason), status);
+    if (supervisor->is_stopping || !supervisor->is_ready) {
+        bool is_clean = WIFEXITED(status) && !WEXITSTATUS(status);
+
+        supervisor->is_over = true;
+        supervisor->ret = is_clean ? 0 : -EIO;
+        if (is_clean)
+            return;
+        if (!supervisor->err.line[0])
+            err_set(&supervisor->err, -EIO, "%s: %s", supervisor->options->dir->name,
+                    supervisor->facts.reason);
+        supervisor_answer(supervisor, supervisor->err.is_usage ? '?' : '-', supervisor->err.line);
+    } else if (WIFEXITED(status)) { // it knows why it cannot go on
+        supervisor_give_up(supervisor,
+                           supervisor->err.line[0] ? supervisor->err.line : supervisor->facts.reason);
+        supervisor_serve_given_up(supervisor);
+        supervisor->ret = -EIO;
+        supervisor->is_over = true;
+    } else {
+        log_line("%s: %s; another one starts", supervisor->options->dir->name, supervisor->facts.reason);
+    }
+}
+
+static void supervisor_signalled(struct supervisor *supervisor)
+{
+    struct signalfd_siginfo info;
+
+    while (read(supervisor->signal_fd, &info, sizeof(info)) == sizeof(info)) {
+        if (info.ssi_signo == SIGCHLD)
+            supervisor_bury(supervisor);
+        else if (supervisor->pid)
+            kill(supervisor->pid, (int)info.ssi_signo);
+        if (info.ssi_signo != SIGCHLD && info.ssi_signo != SIGUSR1)
+            supervisor->is_stopping = true; // also when the worker is dead at this moment
+    }
+}
+
+static void supervisor_loop(struct supervisor *supervisor)
+{
+    while (!supervisor->is_over) {
+        bool waits_for_rings = !supervisor->pid; // P3
+        struct pollfd fds[] = {
+            {.fd = supervisor->signal_fd, .events = POLLIN},
+            {.fd = supervisor->channel_fd, .events = POLLIN},
+            {.fd = waits_for_rings ? supervisor->guard_fd : -1, .events = 0},
+        };
+
+        if (poll(fds, ARRAY_SIZE(fds), -1) < 0)
+            continue;
+        if (fds[1].revents & POLLIN)
+            supervisor_receive(supervisor);
+        else if (fds[1].revents) { // its end: SIGCHLD will follow
+            close(supervisor->channel_fd);
+            supervisor->channel_fd = -1;
+        }
+        if (fds[0].revents)
+            supervisor_signalled(supervisor);
+        if (supervisor->is_over || !waits_for_rings || !fds[2].revents)
+            continue;
+        if (supervisor->is_stopping)
+            supervisor->is_over = true;
+        else
+            supervisor_replace_worker(supervisor);
+    }
+}
+
+static int supervisor_catch_signals(struct supervisor *supervisor)
+{
+    sigset_t set;
+
+    worker_block_signals();
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGUSR1);
+    supervisor->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    return supervisor->signal_fd < 0 ? err_set(&supervisor->err, -errno, "signalfd: %s", strerror(errno)) : 0;
+}
+
+static int supervisor_listen(struct supervisor *supervisor)
+{
+    char path[STATE_PATH_MAX];
+
+    // By way of the directory's descriptor: a path in it may be too long for a socket.
+    snprintf(path, sizeof(path), "/proc/self/fd/%d/control", supervisor->options->dir->fd);
+    supervisor->listen_fd = unix_socket_listen("control socket: ", path, &supervisor->err);
+    return supervisor->listen_fd < 0 ? supervisor->listen_fd : 0;
+}
+
+int supervisor_run(const struct supervisor_options *options)
+{
+    struct supervisor supervisor = {
+        .options = options,
+        .worker = options->worker,
+        .facts = {.dir = options->dir,
+                  .image = options->worker.images[0],
+                  .holds = options->holds,
+                  .supervisor_pid = getpid(),
+                  .attached_at = time(NULL)},
+        .channel_fd = -1,
+        .guard_fd = -1,
+        .image_fd = -1,
+        .answer_fd = options->answer_fd,
+        .err = {.line = ""},
+    };
+    char title[16];
+    int ret;
+
+    snprintf(title, sizeof(title), "bight:%.9s", options->dir->name);
+    prctl(PR_SET_NAME, title);
+    supervisor.worker.holds = options->holds;
+    supervisor.worker.ready = worker_ready;
+    supervisor.worker.stopping = worker_stopping;
+    supervisor.worker.stopped = worker_stopped;
+    supervisor.worker.committed = worker_committed;
+    transport_hold_uri(&options->holds->holds[0], supervisor.facts.device, sizeof(supervisor.facts.device));
+    ret = supervisor_catch_signals(&supervisor);
+    if (!ret)
+        ret = supervisor_listen(&supervisor);
+    if (!ret)
+        ret = supervisor_start_worker(&supervisor);
+    if (ret < 0) {
+        supervisor_answer(&supervisor, '-', supervisor.err.line);
+        return ret;
+    }
+    supervisor_loop(&supervisor);
+    if (supervisor.ret < 0 && supervisor.is_ready && supervisor.err.line[0])
+        log_line("%s", supervisor.err.line);
+    return supervisor.ret;
+}

@@ -1,0 +1,361 @@
+#include "control/verbs.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "control/metrics.h"
+#include "control/worker.h"
+#include "core/change.h"
+#include "core/queue.h"
+#include "io/io.h"
+#include "map/map.h"
+#include "util/util.h"
+
+#define LAZY_NS (NSEC_PER_SEC / 10)
+
+// ---- show, stats
+
+static void add_string(struct json_object *object, const char *key, const char *text)
+{
+    json_object_object_add(object, key, json_object_new_string(text));
+}
+
+static void add_uint(struct json_object *object, const char *key, uint64_t n)
+{
+    json_object_object_add(object, key, json_object_new_uint64(n));
+}
+
+static struct json_object *transports_json(const struct transport_holds *holds)
+{
+    struct json_object *array = json_object_new_array();
+
+    for (unsigned i = 0; i < holds->nr_holds; i++) {
+        const struct transport_hold *hold = &holds->holds[i];
+        struct json_object *object = json_object_new_object(), *facts = json_object_new_array();
+        char uri[CONTROL_DEVICE_BYTES];
+
+        transport_hold_uri(hold, uri, sizeof(uri));
+        add_string(object, "transport", hold->ops->name);
+        if (hold->addr)
+            add_string(object, "address", hold->addr);
+        add_string(object, "uri", uri);
+        for (unsigned f = 0; f < ARRAY_SIZE(hold->facts); f++)
+            json_object_array_add(facts, json_object_new_uint64(hold->facts[f]));
+        json_object_object_add(object, "facts", facts);
+        json_object_array_add(array, object);
+    }
+    return array;
+}
+
+static void describe_device(struct json_object *object, const struct device *dev)
+{
+    const struct limits *limits = &dev->limits;
+
+    add_string(object, "image", dev->image->path);
+    add_uint(object, "size_bytes", limits->size_bytes);
+    json_object_object_add(object, "read_only", json_object_new_boolean(dev->image->is_read_only));
+    add_string(object, "io", dev->options.io);
+    add_string(object, "io_in_use", dev->io->ops->name);
+    add_string(object, "map", dev->options.map);
+    add_string(object, "ring", dev->queues[0].ring->ops->name);
+    add_uint(object, "queues", dev->nr_queues);
+    add_uint(object, "depth", dev->depth);
+    add_uint(object, "offset_bytes", dev->image->offset_bytes);
+    add_uint(object, "min_block_bytes", limits->min_block_bytes);
+    add_uint(object, "preferred_block_bytes", limits->preferred_block_bytes);
+    json_object_object_add(object, "volatile_cache",
+                           json_object_new_boolean(dev->durability.has_volatile_cache));
+}
+
+struct json_object *control_describe(const struct control_facts *facts, const char *state,
+                                     const struct worker *worker)
+{
+    struct json_object *object = json_object_new_object();
+
+    add_string(object, "name", facts->dir->name);
+    add_string(object, "state", state);
+    add_string(object, "device", facts->device);
+    add_string(object, "image", facts->image);
+    add_uint(object, "pid", (uint64_t)facts->supervisor_pid);
+    add_uint(object, "attached_at", (uint64_t)facts->attached_at);
+    add_uint(object, "restarts", facts->nr_restarts);
+    if (facts->reason[0])
+        add_string(object, "reason", facts->reason);
+    json_object_object_add(object, "transports", transports_json(facts->holds));
+    if (worker) {
+        add_uint(object, "worker_pid", (uint64_t)getpid());
+        describe_device(object, worker->devs[0]);
+    }
+    return object;
+}
+
+static const char *control_state_name(const struct control *control)
+{
+    switch (control->state) {
+    case CONTROL_STOPS:
+        return "stopping";
+    case CONTROL_GAVE_UP:
+        return "failed";
+    default:
+        // The supervisor is our parent, and who takes its place is not.
+        return getppid() != control->facts->supervisor_pid ? "unsupervised"
+               : control->is_lazy                          ? "detaching"
+                                                           : "running";
+    }
+}
+
+static void verb_show(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    (void)request;
+    server_reply(conn, control_describe(control->facts, control_state_name(control), control->worker), NULL);
+}
+
+static void verb_stats(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    struct json_object *result = metrics_json(control->worker->devs[0]), *wanted;
+    struct err err;
+    char *text;
+
+    if (!result) {
+        err_set(&err, -ENOMEM, "out of memory");
+        err.is_usage = false;
+        server_reply(conn, NULL, &err);
+        return;
+    }
+    if (json_object_object_get_ex(request, "openmetrics", &wanted) && json_object_get_boolean(wanted)) {
+        text = metrics_text(control->worker->devs[0]);
+        add_string(result, "openmetrics", text ? text : "");
+        free(text);
+    }
+    server_reply(conn, result, NULL);
+}
+
+// ---- set, switch, resize
+
+struct verb_change {
+    struct device_change change;
+    struct control *control;
+    struct server_conn *conn;
+};
+
+static void verb_changed(struct device_change *change, int error)
+{
+    struct verb_change *verb = container_of(change, struct verb_change, change);
+    struct control *control = verb->control;
+
+    if (!error) {
+        transports_device_changed(&control->worker->transports, change->dev);
+        server_reply(verb->conn,
+                     control_describe(control->facts, control_state_name(control), control->worker), NULL);
+    } else {
+        server_reply(verb->conn, NULL, &change->err);
+    }
+    free(verb);
+}
+
+static struct verb_change *verb_change(struct control *control, struct server_conn *conn)
+{
+    struct verb_change *verb = calloc(1, sizeof(*verb));
+    struct err err = {.line = "out of memory"};
+
+    if (!verb) {
+        server_reply(conn, NULL, &err);
+        return NULL;
+    }
+    verb->control = control;
+    verb->conn = conn;
+    device_change_init(&verb->change, control->worker->devs[0], control->server.ring, verb_changed);
+    verb->change.committed = control->worker->options->committed;
+    verb->change.arg = control->worker;
+    return verb;
+}
+
+static void verb_change_refused(struct verb_change *verb)
+{
+    device_change_end(&verb->change);
+    server_reply(verb->conn, NULL, &verb->change.err);
+    free(verb);
+}
+
+static void verb_set(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    struct verb_change *verb = verb_change(control, conn);
+    struct json_object *settings;
+    unsigned nr = 0;
+
+    if (!verb)
+        return;
+    if (json_object_object_get_ex(request, "settings", &settings) &&
+        json_object_is_type(settings, json_type_object)) {
+        json_object_object_foreach(settings, key, value)
+        {
+            nr++;
+            if (device_change_set(&verb->change, key, json_object_get_string(value)) < 0) {
+                verb_change_refused(verb);
+                return;
+            }
+        }
+    }
+    if (!nr) {
+        err_usage(&verb->change.err, "set: nothing to set; use KEY=VALUE");
+        verb_change_refused(verb);
+        return;
+    }
+    device_change_start(&verb->change);
+}
+
+static void verb_switch(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    struct verb_change *verb = verb_change(control, conn);
+    struct json_object *image;
+
+    if (!verb)
+        return;
+    if (!json_object_object_get_ex(request, "image", &image) ||
+        !json_object_is_type(image, json_type_string) || json_object_get_string(image)[0] != '/') {
+        err_usage(&verb->change.err, "switch: no image is named; use its absolute path");
+        verb_change_refused(verb);
+    } else if (device_change_image(&verb->change, json_object_get_string(image)) < 0) {
+        verb_change_refused(verb);
+    } else {
+        device_change_start(&verb->change);
+    }
+}
+
+static void verb_resize(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    struct verb_change *verb = verb_change(control, conn);
+
+    (void)request;
+    if (verb)
+        device_change_start(&verb->change);
+}
+
+// ---- detach
+
+static void control_detach(struct control *control, struct server_conn *conn)
+{
+    if (conn) {
+        server_park(conn);
+        control->detaching = conn;
+    }
+    control->stop(control);
+}
+
+static void lazy_look(struct ring_op *op, int res)
+{
+    struct control *control = container_of(op, struct control, lazy_op);
+    struct err err;
+
+    (void)res;
+    if (control->state != CONTROL_RUNS)
+        return;
+    if (transports_busy(&control->worker->transports, &err) < 0) {
+        op->timeout_ns = LAZY_NS;
+        ring_queue(control->server.ring, op);
+    } else {
+        control_detach(control, NULL);
+    }
+}
+
+static bool asks_for(struct json_object *request, const char *flag)
+{
+    struct json_object *wanted;
+
+    return json_object_object_get_ex(request, flag, &wanted) && json_object_get_boolean(wanted);
+}
+
+static void verb_detach(struct control *control, struct server_conn *conn, struct json_object *request)
+{
+    struct err busy = {.line = ""}, err = {.line = ""};
+    int ret = control->worker ? transports_busy(&control->worker->transports, &busy) : 0;
+
+    if (!ret || asks_for(request, "force")) {
+        control_detach(control, conn);
+        return;
+    }
+    if (!asks_for(request, "lazy")) {
+        err_set(&err, ret, "%s: %.400s; wait for its end, or use --lazy or --force",
+                control->facts->dir->name, busy.line);
+        server_reply(conn, NULL, &err);
+        return;
+    }
+    if (!control->is_lazy) {
+        control->is_lazy = true;
+        control->lazy_op = (struct ring_op){.done = lazy_look, .code = RING_TIMEOUT, .timeout_ns = LAZY_NS};
+        ring_queue(control->server.ring, &control->lazy_op);
+    }
+    server_reply(conn, control_describe(control->facts, control_state_name(control), control->worker), NULL);
+}
+
+// ---- The table
+
+static const struct verb {
+    const char *name;
+    unsigned states; // in which it may run
+    const char *help;
+    // Ends with server_reply(), now or later. request stays the caller's.
+    void (*handle)(struct control *control, struct server_conn *conn, struct json_object *request);
+} verbs[] = {
+    {"show", CONTROL_RUNS | CONTROL_STOPS | CONTROL_GAVE_UP, "what it is, and how it is", verb_show},
+    {"stats", CONTROL_RUNS | CONTROL_STOPS, "its counters", verb_stats},
+    {"set", CONTROL_RUNS, "changes settings", verb_set},
+    {"switch", CONTROL_RUNS, "takes another image", verb_switch},
+    {"resize", CONTROL_RUNS, "takes over the image's size", verb_resize},
+    {"detach", CONTROL_RUNS | CONTROL_GAVE_UP, "ends it", verb_detach},
+};
+
+static void control_handle(struct server *server, struct server_conn *conn, struct json_object *request)
+{
+    struct control *control = container_of(server, struct control, server);
+    const char *name = "";
+    struct json_object *verb;
+    struct err err = {.line = ""};
+
+    if (json_object_object_get_ex(request, "verb", &verb))
+        name = json_object_get_string(verb) ? json_object_get_string(verb) : "";
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+        if (strcmp(verbs[i].name, name))
+            continue;
+        if (verbs[i].states & control->state) {
+            verbs[i].handle(control, conn, request);
+        } else {
+            err_set(&err, -EBUSY, "%s: %s: not while it is %s", control->facts->dir->name, name,
+                    control_state_name(control));
+            server_reply(conn, NULL, &err);
+        }
+        json_object_put(request);
+        return;
+    }
+    err_usage(&err, "%.40s: no such verb; this is bight %s", name, BIGHT_VERSION);
+    server_reply(conn, NULL, &err);
+    json_object_put(request);
+}
+
+void control_start(struct control *control)
+{
+    control->server.handle = control_handle;
+    server_start(&control->server);
+}
+
+void control_stop(struct control *control)
+{
+    control->state = CONTROL_STOPS;
+    if (control->is_lazy)
+        ring_cancel_timeout(control->server.ring, &control->lazy_op);
+    server_stop(&control->server);
+}
+
+void control_end(struct control *control, int error, const struct err *err)
+{
+    struct err said = {.line = "what was written last may be lost; see the log"};
+
+    if (!control->detaching)
+        return;
+    server_reply_last(control->detaching, error < 0 ? NULL : json_object_new_object(),
+                      err->line[0] ? err : &said);
+    control->detaching = NULL;
+}
