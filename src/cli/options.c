@@ -275,6 +275,7 @@ int options_hold(const struct options *options, struct transport_holds *holds, s
     return transports_hold(holds, options->addrs, listen_fds, nr_listen_fds,
                            &(struct transport_hold_options){.images = options->images,
                                                             .nr_images = options->nr_images,
+                                                            .ring_name = options->ring_name,
                                                             .nr_queues = options->device.nr_queues,
                                                             .depth = options->device.depth,
                                                             .is_read_only =

@@ -21,6 +21,7 @@ struct transport;
 struct transport_hold_options {
     const char *const *images; // of the devices, by path
     unsigned nr_images;
+    const char *ring_name; // --ring
     unsigned nr_queues, depth;
     bool is_read_only;
     bool is_supervised; // a worker that dies is followed by another one

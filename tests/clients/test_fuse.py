@@ -200,7 +200,8 @@ class File(FuseCase):
                         run("fio", "--name=verify", f"--filename={server.paths[0]}", "--rw=randwrite",
                             f"--bs{'range' if '-' in block else ''}={block}", "--size=8m", f"--iodepth={depth}",
                             "--blockalign=512", "--ioengine=libaio", f"--direct={direct}", "--verify=crc32c",
-                            "--verify_fatal=1", "--do_verify=1", "--thread", "--allow_file_create=0")
+                            "--verify_fatal=1", "--do_verify=1", "--thread", "--allow_file_create=0",
+                            "--serialize_overlap=1")
 
 
 @need_root

@@ -20,9 +20,9 @@
 
 #define CHAN_BATCH 32
 
-static void chan_check_over(struct fuse_chan *chan)
+void fuse_chan_check_over(struct fuse_chan *chan)
 {
-    if (chan->is_over || !(chan->is_stopping || chan->is_gone) || chan->is_polling ||
+    if (chan->is_over || !(chan->is_stopping || chan->is_gone) || chan->is_polling || chan->nr_serving ||
         tags_nr_used(&chan->tags))
         return;
     chan->is_over = true;
@@ -84,12 +84,16 @@ void fuse_chan_drop(struct fuse_rq *frq)
 {
     struct fuse_chan *chan = frq->chan;
 
+    if (frq->is_entry) {
+        fuse_entry_answer(container_of(frq, struct fuse_entry, frq), 0, 0);
+        return;
+    }
     tags_put(&chan->tags, &frq->rq);
     if (chan->is_stalled && tags_can_resume(&chan->tags)) {
         chan->is_stalled = false;
         chan_read(chan);
     }
-    chan_check_over(chan);
+    fuse_chan_check_over(chan);
 }
 
 void fuse_chan_answer(struct fuse_rq *frq, int error, size_t answer_bytes)
@@ -97,8 +101,12 @@ void fuse_chan_answer(struct fuse_rq *frq, int error, size_t answer_bytes)
     struct fuse_out_header *header = (struct fuse_out_header *)(void *)frq->payload - 1; // F3
     size_t len = sizeof(*header) + (error ? 0 : answer_bytes);
 
-    *header = (struct fuse_out_header){.len = (uint32_t)len, .error = error, .unique = frq->request.unique};
     frq->chan->queue->ring->nr_answered++;
+    if (frq->is_entry) {
+        fuse_entry_answer(container_of(frq, struct fuse_entry, frq), error, answer_bytes);
+        return;
+    }
+    *header = (struct fuse_out_header){.len = (uint32_t)len, .error = error, .unique = frq->request.unique};
     if (write(frq->chan->fd, header, len) < 0 && errno == ENODEV) // ENOENT: who asked has gone meanwhile
         frq->chan->is_gone = true;
     fuse_chan_drop(frq);
@@ -113,7 +121,7 @@ static void chan_polled(struct ring_op *op, int res)
         chan->is_gone = true;
     else
         chan_read(chan);
-    chan_check_over(chan);
+    fuse_chan_check_over(chan);
 }
 
 void fuse_chan_start(struct ring_op *op, int res)
@@ -125,6 +133,8 @@ void fuse_chan_start(struct ring_op *op, int res)
     ring_add_fd(chan->queue->ring, chan->fd);
     chan->poll_op =
         (struct ring_op){.done = chan_polled, .code = RING_POLL, .fd = chan->fd, .events = POLLIN};
+    for (unsigned i = 0; i < chan->nr_entries; i++)
+        fuse_entry_register(&chan->entries[i]);
     chan_read(chan);
 }
 
@@ -136,5 +146,5 @@ void fuse_chan_stop(struct ring_op *op, int res)
     chan->is_stopping = true;
     if (chan->is_polling)
         ring_cancel(chan->queue->ring, &chan->poll_op);
-    chan_check_over(chan);
+    fuse_chan_check_over(chan);
 }

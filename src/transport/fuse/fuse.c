@@ -13,6 +13,8 @@
 #include "transport/fuse/mount.h"
 #include "util/util.h"
 
+#define ENTRIES_MIN 16U // for each CPU
+
 struct fuse_file {
     struct transport_hold *hold;
     struct device *dev;
@@ -54,8 +56,46 @@ int fuse_chan_create(struct fuse_chan *chan, struct device *dev, struct queue *q
     return 0;
 }
 
+// The channel's share of the entries: those of every nr_queues-th CPU.
+static int chan_create_entries(struct fuse_chan *chan, unsigned nr_cpus)
+{
+    size_t stride = FUSE_PAGE_BYTES + round_up(chan->payload_bytes, FUSE_PAGE_BYTES);
+    unsigned nr_queues = chan->dev->nr_queues, first = chan->queue->index;
+    unsigned nr_mine = nr_cpus > first ? (nr_cpus - first + nr_queues - 1) / nr_queues : 0, nr_each;
+
+    if (!nr_mine)
+        return 0;
+    nr_each = max_of(chan->dev->depth / nr_mine, ENTRIES_MIN);
+    chan->entries = calloc(nr_mine * nr_each, sizeof(*chan->entries));
+    if (!chan->entries)
+        return -ENOMEM;
+    chan->entry_mem_bytes = nr_mine * nr_each * stride;
+    chan->entry_mem = mmap(NULL, chan->entry_mem_bytes, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (chan->entry_mem == MAP_FAILED) {
+        chan->entry_mem_bytes = 0;
+        return -ENOMEM;
+    }
+    chan->nr_entries = nr_mine * nr_each;
+    for (unsigned i = 0; i < chan->nr_entries; i++) {
+        struct fuse_entry *entry = &chan->entries[i];
+
+        entry->cpu = (uint16_t)(first + i / nr_each * nr_queues);
+        entry->header = (struct fuse_uring_req_header *)(void *)(chan->entry_mem + i * stride);
+        entry->frq.chan = chan;
+        entry->frq.is_entry = true;
+        entry->frq.payload = chan->entry_mem + i * stride + FUSE_PAGE_BYTES;
+        entry->iov[0] = (struct iovec){entry->header, sizeof(*entry->header)};
+        entry->iov[1] = (struct iovec){entry->frq.payload, chan->payload_bytes};
+    }
+    return 0;
+}
+
 void fuse_chan_destroy(struct fuse_chan *chan)
 {
+    free(chan->entries);
+    if (chan->entry_mem_bytes)
+        munmap(chan->entry_mem, chan->entry_mem_bytes);
     munmap(chan->mem, chan->mem_bytes);
     tags_destroy(&chan->tags);
 }
@@ -111,6 +151,12 @@ static int server_add_file(struct fuse_server *server, struct transport_hold *ho
         if (fuse_chan_create(chan, dev, &dev->queues[i], hold->fd, hold->facts[FUSE_FACT_PAYLOAD]) < 0) {
             while (i--)
                 fuse_chan_destroy(&file->chans[i]);
+            free(file->chans);
+            return -ENOMEM;
+        }
+        if (chan_create_entries(chan, (unsigned)hold->facts[FUSE_FACT_CPUS]) < 0) {
+            for (unsigned j = 0; j <= i; j++)
+                fuse_chan_destroy(&file->chans[j]);
             free(file->chans);
             return -ENOMEM;
         }

@@ -5,6 +5,8 @@
 //      when nobody is left (mount.c). A worker knows by facts what was agreed on.
 //  F2. The kernel's messages come by a channel (chan.c) on each queue, read from /dev/fuse. A request is
 //      answered by the one that read it, exactly once.
+//      Where the kernel offers it, requests come by its io_uring channel instead (entry.c): it puts them
+//      into memory of ours, and the answer to one and the wait for the next are one submission.
 //  F3. The data of a WRITE arrives, and that of a READ leaves, at frq->payload, which begins a page. What
 //      belongs before it in the message stands right before it in memory: one piece, and aligned for
 //      direct I/O.
@@ -27,10 +29,21 @@ struct fuse_chan;
 struct fuse_rq {
     struct rq rq;
     struct fuse_chan *chan;
+    bool is_entry; // the one in a struct fuse_entry
     uint8_t *payload;
     struct fuse_request request;
     struct iovec iov;  // of rq
     struct ring_op op; // of what is no rq
+};
+
+// A place for one request of the FUSE io_uring channel (entry.c). The kernel puts it there, and takes the
+// answer from there.
+struct fuse_entry {
+    struct fuse_rq frq;
+    struct fuse_uring_req_header *header; // in the page before the payload
+    struct iovec iov[2];                  // header and payload, for the kernel
+    uint64_t commit_id;                   // of the request at hand
+    uint16_t cpu;                         // the kernel has a queue for each
 };
 
 // The messages of /dev/fuse that one queue reads. The queue's thread's own, but for what fuse.c posts.
@@ -42,6 +55,12 @@ struct fuse_chan {
     struct tags tags;
     uint8_t *mem; // of all payloads and what stands before them
     size_t mem_bytes;
+
+    struct fuse_entry *entries;
+    unsigned nr_entries;
+    uint8_t *entry_mem;
+    size_t entry_mem_bytes;
+    unsigned nr_serving; // of these, have a request
 
     struct ring_op poll_op;
     bool is_polling;
@@ -69,6 +88,12 @@ void fuse_chan_stop(struct ring_op *op, int res);
 // serve.c: does what frq->request asks and ends with fuse_chan_answer(), now or later. Queue's thread, hot.
 void fuse_serve(struct fuse_rq *frq);
 
+// entry.c: offers the entry to the kernel. Queue's thread.
+void fuse_entry_register(struct fuse_entry *entry);
+void fuse_entry_answer(struct fuse_entry *entry, int error, size_t answer_bytes);
+
+// chan.c: whether nothing is under way any more, and then says so.
+void fuse_chan_check_over(struct fuse_chan *chan);
 // chan.c: sends error (0 or a negative errno), or answer_bytes at payload. Queue's thread, hot.
 void fuse_chan_answer(struct fuse_rq *frq, int error, size_t answer_bytes);
 // There is nothing to be sent.

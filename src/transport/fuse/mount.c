@@ -138,11 +138,39 @@ static unsigned init_max_pages(void)
     return (unsigned)max_of(1, min_of(max_pages, FUSE_NR_PAGES));
 }
 
+// How many CPUs there may ever be: the kernel has a queue for each.
+static unsigned init_cpus(void)
+{
+    FILE *file = fopen("/sys/devices/system/cpu/possible", "re");
+    char text[100] = "";
+    const char *last;
+
+    if (!file)
+        return 0;
+    if (!fgets(text, sizeof(text), file))
+        text[0] = '\0';
+    fclose(file);
+    last = strrchr(text, '-');
+    return (unsigned)strtoul(last ? last + 1 : text, NULL, 10) + 1;
+}
+
+// Once FUSE_OVER_IO_URING is agreed on, the kernel waits for us to take it up: we must be able to.
+static bool init_has_ring(const struct transport_hold_options *options)
+{
+    struct ring *ring;
+    struct err err;
+
+    if (!strcmp(options->ring_name, ring_threads_ops.name) || ring_create(&ring_uring_ops, &ring, &err) < 0)
+        return false;
+    ring_destroy(ring);
+    return true;
+}
+
 // Answers FUSE_INIT, the first message of every connection. 0 or a negative errno.
 static int init_answer(struct transport_hold *hold, const struct transport_hold_options *options)
 {
-    const uint64_t wanted = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_MAX_PAGES |
-                            FUSE_INIT_EXT | FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_HAS_RESEND;
+    uint64_t wanted = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_INIT_EXT |
+                      FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_HAS_RESEND;
     struct {
         struct fuse_in_header header;
         struct fuse_init_in in;
@@ -169,6 +197,10 @@ static int init_answer(struct transport_hold *hold, const struct transport_hold_
     flags = msg.in.flags;
     if (flags & FUSE_INIT_EXT)
         flags |= (uint64_t)msg.in.flags2 << 32;
+    if ((flags & FUSE_OVER_IO_URING) && init_has_ring(options)) {
+        wanted |= FUSE_OVER_IO_URING;
+        hold->facts[FUSE_FACT_CPUS] = init_cpus();
+    }
     flags &= wanted;
     max_pages = init_max_pages();
     answer.out = (struct fuse_init_out){

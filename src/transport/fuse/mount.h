@@ -9,6 +9,7 @@ enum {
     FUSE_FACT_PAYLOAD, // bytes of data in the largest request
     FUSE_FACT_GUARD,   // pid of the guard
     FUSE_FACT_PIPE,    // fd of the pipe to it
+    FUSE_FACT_CPUS,    // queues of the kernel's io_uring channel; 0: there is none
 };
 
 int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err);
