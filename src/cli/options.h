@@ -17,7 +17,7 @@
     "                       the n-th is the n-th image\n"                                          \
     "  --read-only          refuse every write\n"                                                  \
     "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                     \
-    "  --map MAP            linear\n"                                                              \
+    "  --map MAP            linear (default) or fastfs\n"                                          \
     "  --offset BYTES       the device begins there in the image\n"                                \
     "  --size-limit BYTES   the device is no longer than this\n"                                   \
     "  --block-size BYTES   512 to 4096: the smallest request (default: any byte)\n"               \

@@ -55,7 +55,7 @@ static const struct setting {
 } settings[] = {
     {"readonly", "on or off", set_readonly},
     {"io", "direct, buffered or fault:SPEC", set_io},
-    {"map", "linear", set_map},
+    {"map", "linear or fastfs", set_map},
     {"writeback", "off, on or a size from 1M on", set_writeback},
 };
 
@@ -169,15 +169,10 @@ static int change_adjust_image(struct device_change *change)
 
 static int change_flush(struct device_change *change)
 {
-    struct device *dev = change->dev;
-    int error;
+    int error = flush_all(change->dev);
 
-    if (dev->durability.flush != FLUSH_NOTHING && !atomic_load(&dev->flush_error) &&
-        fdatasync(dev->image->fd) < 0)
-        flush_failed(dev, -errno);
-    error = atomic_load(&dev->flush_error);
     return error ? err_set(&change->err, error, "%s: flushing: %s; what was written last may be lost",
-                           dev->image->path, strerror(-error))
+                           change->dev->image->path, strerror(-error))
                  : 0;
 }
 
@@ -233,8 +228,11 @@ static int change_open(struct device_change *change)
     if (!ret && (change->image || strcmp(options->io, now->io)))
         ret = change_open_io(change);
     if (!ret && (change->image || strcmp(options->map, now->map)))
-        ret =
-            map_create(&change->map, options->map, change->image ? change->image : dev->image, &change->err);
+        ret = map_create(&change->map, options->map, dev, change->image ? change->image : dev->image,
+                         &change->err);
+    if (!ret)
+        ret = map_adjust(change->map ? change->map : dev->map, change->image ? change->image : &change->next,
+                         &change->err);
     return ret ? ret : change_create_writeback(change);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
@@ -23,7 +24,7 @@ struct writeback;
 struct device_options {
     const char *name;
     const char *io;  // "direct", "buffered", "null" or "fault:SPEC"
-    const char *map; // "linear"
+    const char *map; // "linear" or "fastfs"
     const struct ring_ops *ring;
     unsigned nr_queues;
     unsigned depth;
@@ -55,14 +56,20 @@ struct device {
     unsigned depth;
     unsigned nr_queues;
     struct queue *queues;
-    struct writeback *writeback; // NULL: requests go straight to map and io
-    atomic_uint next_queue;      // for device_pick_queue()
-    atomic_int flush_error;      // sticky (core/flush.c F2)
+    struct writeback *writeback;                 // NULL: requests go straight to map and io
+    atomic_uint next_queue;                      // for device_pick_queue()
+    atomic_int flush_error;                      // sticky (core/flush.c F2)
+    _Atomic uint64_t nr_image_writes, nr_synced; // core/flush.c F4
 
     // Freezes are done one after the other, first come first served.
     pthread_mutex_t freeze_lock;
     struct freeze *freezes; // the first is the active one
     atomic_uint nr_unfrozen_queues;
+
+    pthread_mutex_t
+        barrier_lock; // one barrier at a time; also nr_queues, until queues run and when they do not
+    atomic_uint nr_barrier_queues;
+    sem_t barrier_over;
 };
 
 // Opens the image and starts the queues. 0 or a negative errno with err set.
@@ -80,6 +87,10 @@ void device_freeze(struct device *dev, struct freeze *freeze);
 
 // Ends the active freeze. Any thread.
 void device_unfreeze(struct device *dev);
+
+// Returns when every part of a request that was with the io has come back, and every queue has been told
+// since. Any thread but a queue's; not from a worker, which such a part may be waiting for.
+void device_barrier(struct device *dev);
 
 // What follows from options, and from the image and the io that it has now. For change.c. Main thread, frozen
 // or not started.

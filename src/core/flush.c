@@ -6,24 +6,31 @@
 //  F2. An fsync that failed is never retried as if it had succeeded: the kernel may have dropped the
 //      dirty pages and marked them clean. The first failure stays with the device.
 //  F3. FUA on a write is RWF_DSYNC: that write alone, no neighbour pays.
+//  F4. Where writes go both ways, FLUSH is fdatasync of the image first, when it was written to, and a flush
+//      of the device last, always: what the image's fdatasync has the file system write, its journal
+//      included, is in the device's cache by then whether or not the file system asks for a flush (mounted
+//      with nobarrier it does not). nr_synced says how many of nr_image_writes, counted when they are
+//      complete, an fdatasync that is over has covered: one that is on its way spares nobody his own.
 
 #include "core/flush.h"
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 #include "core/device.h"
 #include "core/queue.h"
 #include "io/io.h"
+#include "map/map.h"
 #include "util/util.h"
 
 struct durability flush_durability(const struct durability_in *in)
 {
     // Nothing is written, nothing is kept, or all is on the disk before a write is complete.
-    if (in->is_read_only || !in->is_stored || (in->is_sync && !in->has_writeback))
+    if (in->is_read_only || !in->is_stored || (in->is_sync && !in->has_writeback && !in->has_device_fd))
         return (struct durability){false, FLUSH_NOTHING, FUA_NOTHING};
     // Direct I/O as well: the disk below has a cache, and a file has metadata.
-    return (struct durability){true, FLUSH_FDATASYNC, FUA_DSYNC};
+    return (struct durability){true, in->has_device_fd ? FLUSH_BOTH : FLUSH_FDATASYNC, FUA_DSYNC};
 }
 
 void flush_failed(struct device *dev, int error)
@@ -43,6 +50,22 @@ void flush_write_failed(const struct rq *rq, int error)
         flush_failed(dev, error); // F2
 }
 
+void flush_note_write(const struct rq *rq)
+{
+    struct device *dev = rq->queue->dev;
+
+    if (dev->durability.flush == FLUSH_BOTH && (rq->op != REQ_OP_WRITE || rq->ext.fd == dev->image->fd))
+        atomic_fetch_add(&dev->nr_image_writes, 1); // F4
+}
+
+static void flush_note_sync(struct device *dev, uint64_t nr_writes)
+{
+    uint64_t nr_synced = atomic_load(&dev->nr_synced);
+
+    while (nr_synced < nr_writes && !atomic_compare_exchange_weak(&dev->nr_synced, &nr_synced, nr_writes))
+        ;
+}
+
 static void flush_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);
@@ -54,6 +77,26 @@ static void flush_done(struct ring_op *op, int res)
     rq_end(rq, res);
 }
 
+static void flush_fd(struct rq *rq, int fd, void (*done)(struct ring_op *op, int res))
+{
+    rq->ext.fd = fd;
+    rq->ring_op.done = done;
+    io_flush(rq->queue->dev->io, rq); // F1
+}
+
+static void flush_image_done(struct ring_op *op, int res)
+{
+    struct rq *rq = container_of(op, struct rq, ring_op);
+    struct device *dev = rq->queue->dev;
+
+    if (res < 0) {
+        flush_done(op, res);
+        return;
+    }
+    flush_note_sync(dev, rq->offset_bytes);
+    flush_fd(rq, dev->map->device_fd, flush_done); // F4
+}
+
 void flush_submit(struct rq *rq)
 {
     struct device *dev = rq->queue->dev;
@@ -61,10 +104,30 @@ void flush_submit(struct rq *rq)
 
     if (error || dev->durability.flush == FLUSH_NOTHING) {
         rq_end(rq, error);
-        return;
+    } else if (dev->durability.flush == FLUSH_FDATASYNC) {
+        flush_fd(rq, dev->image->fd, flush_done);
+    } else {
+        rq->offset_bytes = atomic_load(&dev->nr_image_writes); // a FLUSH has no other use for it
+        if (rq->offset_bytes == atomic_load(&dev->nr_synced))
+            flush_fd(rq, dev->map->device_fd, flush_done);
+        else
+            flush_fd(rq, dev->image->fd, flush_image_done);
     }
-    rq->ring_op.done = flush_done;
-    io_flush(dev->io, rq); // F1
+}
+
+int flush_all(struct device *dev)
+{
+    uint64_t nr_writes = atomic_load(&dev->nr_image_writes);
+    int ret;
+
+    if (dev->durability.flush == FLUSH_NOTHING || atomic_load(&dev->flush_error))
+        return atomic_load(&dev->flush_error);
+    ret = fdatasync(dev->image->fd) < 0 ? -errno : map_sync(dev->map); // F4
+    if (ret < 0)
+        flush_failed(dev, ret);
+    else
+        flush_note_sync(dev, nr_writes);
+    return atomic_load(&dev->flush_error);
 }
 
 int flush_rw_flags(const struct rq *rq)

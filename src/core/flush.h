@@ -6,6 +6,7 @@
 enum flush_action {
     FLUSH_NOTHING,   // nothing is volatile
     FLUSH_FDATASYNC, // fdatasync of the image
+    FLUSH_BOTH,      // of the image if it was written to, and of the device that the map redirects to
 };
 
 enum fua_action {
@@ -18,6 +19,7 @@ struct durability_in {
     bool is_stored;     // the io keeps what is written (false: null)
     bool is_sync;       // the fd was opened with O_SYNC or O_DSYNC
     bool has_writeback; // what is written stays with us at first
+    bool has_device_fd; // the map may redirect past the image's fd
 };
 
 struct durability {
@@ -44,3 +46,10 @@ void flush_failed(struct device *dev, int error);
 
 // A write of rq failed with error: with FUA, that may have been its fsync. Any thread.
 void flush_write_failed(const struct rq *rq, int error);
+
+// Something of rq, a write, has gone to where the map or, for what is no WRITE, the image said. Any thread.
+void flush_note_write(const struct rq *rq);
+
+// All that is complete becomes durable, at the end of a device or before a change. 0, or the error that
+// stays (F2). Cold; blocks.
+int flush_all(struct device *dev);

@@ -22,6 +22,20 @@
 #include "util/util.h"
 #include "writeback/writeback.h"
 
+static void queue_add_fds(struct queue *queue)
+{
+    ring_add_fd(queue->ring, queue->dev->image->fd);
+    if (queue->dev->map->device_fd >= 0)
+        ring_add_fd(queue->ring, queue->dev->map->device_fd);
+}
+
+static void queue_remove_fds(struct queue *queue)
+{
+    ring_remove_fd(queue->ring, queue->dev->image->fd);
+    if (queue->dev->map->device_fd >= 0)
+        ring_remove_fd(queue->ring, queue->dev->map->device_fd);
+}
+
 static void queue_freeze(struct ring_op *op, int res)
 {
     struct queue *queue = container_of(op, struct queue, freeze_op);
@@ -39,7 +53,7 @@ static void queue_unfreeze(struct ring_op *op, int res)
 
     (void)res;
     queue->is_frozen = false;
-    ring_add_fd(queue->ring, queue->dev->image->fd); // L3
+    queue_add_fds(queue); // L3
     queue_restart_held(queue);
 }
 
@@ -48,7 +62,7 @@ void queue_tell_frozen(struct queue *queue)
     struct device *dev = queue->dev;
 
     queue->is_freeze_due = false;
-    ring_remove_fd(queue->ring, dev->image->fd); // L3
+    queue_remove_fds(queue); // L3
     if (atomic_fetch_sub(&dev->nr_unfrozen_queues, 1) == 1) {
         struct freeze *active;
 
@@ -94,6 +108,40 @@ void device_unfreeze(struct device *dev)
     pthread_mutex_unlock(&dev->freeze_lock);
 }
 
+static void queue_barrier(struct ring_op *op, int res)
+{
+    struct queue *queue = container_of(op, struct queue, barrier_op);
+
+    (void)res;
+    assert(!queue->nr_parts[queue->phase ^ 1]); // the barrier before this one
+    queue->phase ^= 1;
+    queue->is_barrier_due = true;
+    if (!queue->nr_parts[queue->phase ^ 1])
+        queue_tell_barrier(queue);
+}
+
+void queue_tell_barrier(struct queue *queue)
+{
+    struct device *dev = queue->dev;
+
+    queue->is_barrier_due = false;
+    if (atomic_fetch_sub(&dev->nr_barrier_queues, 1) == 1)
+        sem_post(&dev->barrier_over);
+}
+
+void device_barrier(struct device *dev)
+{
+    pthread_mutex_lock(&dev->barrier_lock);
+    if (dev->nr_queues) {
+        atomic_store(&dev->nr_barrier_queues, dev->nr_queues);
+        for (unsigned i = 0; i < dev->nr_queues; i++)
+            ring_post(dev->queues[i].ring, &dev->queues[i].barrier_op, 0);
+        while (sem_wait(&dev->barrier_over) < 0)
+            ; // EINTR
+    }
+    pthread_mutex_unlock(&dev->barrier_lock);
+}
+
 static void queue_stop(struct ring_op *op, int res)
 {
     struct queue *queue = container_of(op, struct queue, stop_op);
@@ -120,7 +168,7 @@ static void *queue_main(void *arg)
 
     start->ret = ret;
     if (!ret)
-        ring_add_fd(queue->ring, queue->dev->image->fd);
+        queue_add_fds(queue);
     sem_post(&start->started); // start is gone after this
     if (ret < 0)
         return NULL;
@@ -134,7 +182,7 @@ static void *queue_main(void *arg)
     }
     // The kernel takes a ring apart after the process has ended: what is still registered would stay
     // open until then, and a file system busy.
-    ring_remove_fd(queue->ring, queue->dev->image->fd);
+    queue_remove_fds(queue);
     return NULL;
 }
 
@@ -149,6 +197,7 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
     plug_init(&queue->plug);
     queue->freeze_op.done = queue_freeze;
     queue->unfreeze_op.done = queue_unfreeze;
+    queue->barrier_op.done = queue_barrier;
     queue->stop_op.done = queue_stop;
     sem_init(&start.started, 0, 0);
     sigfillset(&all);        // signals are for the main thread
@@ -202,7 +251,9 @@ static int device_start_queues(struct device *dev, const struct device_options *
             return ret;
         }
     }
+    pthread_mutex_lock(&dev->barrier_lock);
     dev->nr_queues = options->nr_queues;
+    pthread_mutex_unlock(&dev->barrier_lock);
     return 0;
 }
 
@@ -228,6 +279,7 @@ int device_take(struct device *dev, const struct device_options *options)
         .is_stored = dev->io->ops->is_stored,
         .is_sync = dev->image->is_sync,
         .has_writeback = dev->writeback,
+        .has_device_fd = dev->map->device_fd >= 0,
     });
     return 0;
 }
@@ -241,6 +293,12 @@ int device_create_writeback(struct writeback **writeback, struct device *dev,
     *writeback = NULL;
     if (!options->writeback_bytes || image->is_read_only)
         return 0;
+    if (map->device_fd >= 0)
+        return err_usage(
+            err,
+            "%s: --writeback gives space through the file system, which --map %s goes past; use one "
+            "of them",
+            image->path, map->ops->name);
     return writeback_create(writeback, dev,
                             &(struct writeback_options){
                                 .size_bytes = options->writeback_bytes,
@@ -252,6 +310,8 @@ int device_create_writeback(struct writeback **writeback, struct device *dev,
 static void device_free(struct device *dev)
 {
     pthread_mutex_destroy(&dev->freeze_lock);
+    pthread_mutex_destroy(&dev->barrier_lock);
+    sem_destroy(&dev->barrier_over);
     free((char *)dev->options.io);
     free((char *)dev->options.map);
     free(dev->image);
@@ -269,6 +329,8 @@ int device_create(struct device **out, const char *image_path, const struct devi
     if (!dev)
         return err_set(err, -ENOMEM, "%s: out of memory", options->name);
     pthread_mutex_init(&dev->freeze_lock, NULL);
+    pthread_mutex_init(&dev->barrier_lock, NULL);
+    sem_init(&dev->barrier_over, 0, 0);
     dev->depth = options->depth;
     dev->name = strdup(options->name);
     dev->image = calloc(1, sizeof(*dev->image));
@@ -287,10 +349,12 @@ int device_create(struct device **out, const char *image_path, const struct devi
     ret = io_create(&dev->io, dev, dev->image, options->io, err);
     if (ret < 0)
         goto out_image;
-    ret = map_create(&dev->map, options->map, dev->image, err);
+    ret = map_create(&dev->map, options->map, dev, dev->image, err);
     if (ret < 0)
         goto out_io;
-    ret = device_create_writeback(&dev->writeback, dev, &taken, dev->image, dev->map, dev->io, err);
+    ret = map_adjust(dev->map, dev->image, err);
+    if (!ret)
+        ret = device_create_writeback(&dev->writeback, dev, &taken, dev->image, dev->map, dev->io, err);
     if (ret < 0)
         goto out_map;
     ret = device_take(dev, &taken);
@@ -342,15 +406,9 @@ int device_stop(struct device *dev)
 {
     int error = device_drain(dev);
 
+    map_stop(dev->map);
     device_stop_queues(dev, dev->nr_queues);
-    if (error)
-        return error;
-    if (dev->durability.flush == FLUSH_NOTHING)
-        return 0;
-    if (fdatasync(dev->image->fd) < 0)
-        flush_failed(dev, -errno);
-    error = atomic_load(&dev->flush_error);
-    return error;
+    return error ? error : flush_all(dev);
 }
 
 void device_destroy(struct device *dev)

@@ -20,6 +20,50 @@ static void queue_hold(struct queue *queue, struct rq *rq)
     queue->held_tail = &rq->next;
 }
 
+// Q4.
+static void rq_part_in(struct rq *rq)
+{
+    struct queue *queue = rq->queue;
+
+    queue->nr_parts[queue->phase]++;
+    rq->part_phase = (uint8_t)(queue->phase + 1);
+}
+
+static void rq_part_out(struct rq *rq)
+{
+    struct queue *queue = rq->queue;
+    unsigned phase = rq->part_phase;
+
+    if (!phase)
+        return;
+    rq->part_phase = 0;
+    queue->nr_parts[phase - 1]--;
+    if (queue->is_barrier_due && !queue->nr_parts[queue->phase ^ 1])
+        queue_tell_barrier(queue);
+}
+
+static void rq_map_call(struct rq *rq, enum map_call_code code, void (*done)(struct ring_op *op, int res))
+{
+    struct map *map = rq->queue->dev->map;
+
+    rq->map_call.code = code;
+    rq->map_call.done = done;
+    if (code != MAP_PUNCH_END) { // else the map still looks at these
+        rq->map_call.start_bytes = rq->offset_bytes + rq->done_bytes;
+        rq->map_call.len_bytes = rq->len_bytes - rq->done_bytes;
+        rq->map_call.ring = rq->queue->ring;
+    }
+    map->ops->call(map, &rq->map_call);
+}
+
+static void rq_punch_ended(struct ring_op *op, int res)
+{
+    struct rq *rq = container_of(op, struct rq, map_call.op);
+
+    (void)res;
+    rq_end(rq, rq->error);
+}
+
 void rq_end(struct rq *rq, int error)
 {
     struct queue *queue = rq->queue;
@@ -27,6 +71,12 @@ void rq_end(struct rq *rq, int error)
 
     assert(error <= 0);
     rq->error = error;
+    rq_part_out(rq);
+    if (rq->is_punching) {
+        rq->is_punching = false;
+        rq_map_call(rq, MAP_PUNCH_END, rq_punch_ended);
+        return;
+    }
     stats_add(&stats->nr_done, 1);
     if (error)
         stats_add(&stats->nr_errors, 1);
@@ -83,6 +133,14 @@ static void rq_ran(struct rq *rq, int error)
         rq_end(rq, error);
 }
 
+static void rq_step(struct rq *rq);
+
+static void rq_fetched(struct ring_op *op, int res)
+{
+    (void)res; // or it would ask again
+    rq_step(container_of(op, struct rq, map_call.op));
+}
+
 // The next part of a READ or WRITE: what lies in one extent.
 static void rq_step(struct rq *rq)
 {
@@ -93,11 +151,18 @@ static void rq_step(struct rq *rq)
         uint64_t left_bytes = rq->run_bytes - rq->done_bytes;
         int ret = map_extent(dev->map, rq->offset_bytes + rq->done_bytes, left_bytes, false, false, &rq->ext);
 
+        if (ret == -EAGAIN) {
+            rq_map_call(rq, MAP_FETCH, rq_fetched);
+            return;
+        }
         if (ret < 0) {
             rq_ran(rq, ret);
             return;
         }
+        if (rq->op == REQ_OP_WRITE && dev->map->ops->begin_write)
+            dev->map->ops->begin_write(dev->map, &rq->ext);
         if (rq->ext.state == EXTENT_MAPPED) {
+            rq_part_in(rq);
             if (rq->ext.len_bytes < rq->len_bytes - rq->done_bytes)
                 rq_cut_part(rq, rq->ext.len_bytes);
             else
@@ -121,6 +186,9 @@ void rq_run(struct rq *rq, uint64_t run_bytes, void (*ran)(struct rq *rq, int er
 
 void rq_part_done(struct rq *rq, int res)
 {
+    rq_part_out(rq);
+    if (rq->op == REQ_OP_WRITE && res > 0)
+        flush_note_write(rq);
     if (res < 0) {
         rq_ran(rq, res);
         return;
@@ -164,6 +232,28 @@ void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(stru
     ring_queue(rq->queue->ring, &rq->ring_op);
 }
 
+static void rq_may_punch(struct ring_op *op, int res)
+{
+    struct rq *rq = container_of(op, struct rq, map_call.op);
+
+    (void)res;
+    io_submit_other(rq->queue->dev->io, rq);
+}
+
+static void rq_punch(struct rq *rq)
+{
+    struct map *map = rq->queue->dev->map;
+
+    // One that was held back has said so before, unless there is another map since.
+    if (!map->ops->call || !rq->len_bytes || (rq->is_punching && rq->map_call.map == map)) {
+        rq->is_punching &= rq->map_call.map == map;
+        io_submit_other(rq->queue->dev->io, rq);
+        return;
+    }
+    rq->is_punching = true;
+    rq_map_call(rq, MAP_PUNCH, rq_may_punch);
+}
+
 static void rq_start(struct rq *rq)
 {
     struct queue *queue = rq->queue;
@@ -192,8 +282,11 @@ static void rq_start(struct rq *rq)
     case REQ_OP_BLOCK_STATUS:
         rq_call_worker(rq, block_status_work, rq_work_done);
         break;
-    default:
+    case REQ_OP_PREFETCH:
         io_submit_other(queue->dev->io, rq);
+        break;
+    default:
+        rq_punch(rq);
     }
 }
 
@@ -204,6 +297,8 @@ void queue_submit(struct queue *queue, struct rq *rq)
     rq->done_bytes = 0;
     rq->iov_cut_bytes = 0;
     rq->ran = NULL;
+    rq->part_phase = 0;
+    rq->is_punching = false;
     stats_add(&queue->stats.nr_inflight, 1);
     if (queue->is_frozen)
         queue_hold(queue, rq);
@@ -213,6 +308,7 @@ void queue_submit(struct queue *queue, struct rq *rq)
 
 void rq_hold(struct rq *rq)
 {
+    rq_part_out(rq);
     queue_hold(rq->queue, rq);
     queue_count_out(rq->queue);
 }

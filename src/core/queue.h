@@ -7,6 +7,8 @@
 //  Q2. A request is answered exactly once, by rq->done(), on its queue's thread.
 //  Q3. nr_inflight counts the requests between rq_start() and rq_end(). While the queue is frozen
 //      none is started; those that were under way come to their end.
+//  Q4. nr_parts counts the parts of READ and WRITE that are with the io, those from before the last
+//      barrier apart from those after it. A barrier is over when there are none of the former.
 #pragma once
 
 #include <pthread.h>
@@ -26,11 +28,13 @@ struct queue {
     bool is_frozen;
     bool is_freeze_due;           // frozen, and the device has not been told yet
     struct rq *held, **held_tail; // waiting for the end of the freeze
+    unsigned nr_parts[2], phase;  // Q4: new ones count in nr_parts[phase]
+    bool is_barrier_due;
     struct queue_stats stats;
     struct plug plug;
 
     // Messages from other threads (lifecycle.c).
-    struct ring_op freeze_op, unfreeze_op, stop_op;
+    struct ring_op freeze_op, unfreeze_op, barrier_op, stop_op;
     bool is_stopping;
     pthread_t thread;
 };
@@ -71,6 +75,9 @@ void rq_end(struct rq *rq, int error);
 // be rq_work_done(), which ends the request with that. Queue's thread.
 void rq_call_worker(struct rq *rq, int (*work)(struct rq *rq), void (*done)(struct ring_op *op, int res));
 void rq_work_done(struct ring_op *op, int res);
+
+// Q4, the queue's turn is over: tells the device (lifecycle.c).
+void queue_tell_barrier(struct queue *queue);
 
 // The queue is frozen and idle: tells the device (lifecycle.c).
 void queue_tell_frozen(struct queue *queue);

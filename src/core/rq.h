@@ -2,6 +2,7 @@
 // queue -> map -> io -> ring, and comes back by way of rq_end() exactly once.
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -57,6 +58,9 @@ struct rq {
 
     // Where the part at hand is (offset_bytes + done_bytes, ext.len_bytes long), for the io.
     struct extent ext;
+    uint8_t part_phase; // the part at hand is with the io: queue->phase then, and 1 more; 0: it is not
+    bool is_punching;   // map_call has to be ended
+    struct map_call map_call;
     size_t iov_cut_bytes; // taken off the part's last vector, which belongs to the next part
     uint16_t part_nr_iov;
 

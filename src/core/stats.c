@@ -5,6 +5,7 @@
 
 #include "core/device.h"
 #include "core/queue.h"
+#include "map/map.h"
 #include "writeback/writeback.h"
 
 static const char *const op_names[REQ_OP_NR] = {
@@ -64,6 +65,24 @@ uint64_t stats_percentile_ns(const struct op_stats *op, double percent)
     return 0;
 }
 
+static void stats_print_map(const struct device *dev, FILE *file)
+{
+    struct map_status status;
+
+    if (!dev->map || !map_describe(dev->map, &status))
+        return;
+    fprintf(file, "bight: %s: map %s: ", dev->name, dev->map->ops->name);
+    if (status.is_redirecting)
+        fprintf(file, "redirects to %s: ", status.device);
+    else
+        fprintf(file, "does not redirect: %s: ", status.why_not);
+    fprintf(file,
+            "%" PRIu64 " bytes in %" PRIu64 " extents, %" PRIu64 " bytes of zeroes, %" PRIu64
+            " by way of the file, %" PRIu64 " not asked for yet; opened by others %" PRIu64 " times\n",
+            status.device_bytes, status.nr_extents, status.zero_bytes, status.file_bytes,
+            status.unknown_bytes, status.nr_lease_breaks);
+}
+
 void stats_print(const struct device *dev, FILE *file)
 {
     struct queue_stats sum;
@@ -71,6 +90,7 @@ void stats_print(const struct device *dev, FILE *file)
 
     stats_sum(dev, &sum);
     fprintf(file, "bight: %s: %u in flight\n", dev->name, atomic_load(&sum.nr_inflight));
+    stats_print_map(dev, file);
     if (writeback_stats(dev, &writeback))
         fprintf(file,
                 "bight: %s: writeback: %" PRIu64 " of %" PRIu64 " bytes used, %" PRIu64 " dirty, %" PRIu64

@@ -147,7 +147,7 @@ static void buffered_flush(struct io *io, struct rq *rq)
         return;
     }
     rq->ring_op.code = RING_FSYNC;
-    rq->ring_op.fd = io->dev->image->fd;
+    rq->ring_op.fd = rq->ext.fd;
     rq->ring_op.ring = rq->queue->ring;
     workers_submit(&rq->ring_op);
 }

@@ -7,6 +7,8 @@
 //  D2. Aligned writes do not exclude each other, and need no lock as long as there is no unaligned
 //      one. So the lock is off until the first unaligned write; that one has all queues frozen once,
 //      and from then on every write takes its range.
+//  D3. A map may redirect to another fd, where the same bytes have other offsets: ranges are those of the
+//      image. What is aligned in one of the two is aligned in the other (map_adjust()).
 
 #include <errno.h>
 
@@ -65,8 +67,9 @@ static void direct_issue(struct rq *rq)
 static void direct_rw(struct io *io, struct rq *rq)
 {
     struct direct *direct = container_of(io, struct direct, io);
-    uint64_t start = rq->ext.offset_bytes, end = start + rq_part_bytes(rq);
-    uint64_t align = io->dev->image->dio_offset_align;
+    // D1, D3: in the image, wherever the map has it.
+    uint64_t start = io->dev->image->offset_bytes + rq->offset_bytes + rq->done_bytes;
+    uint64_t end = start + rq_part_bytes(rq), align = io->dev->image->dio_offset_align;
 
     if (__builtin_expect(direct_is_aligned(io->dev->image, rq), 1)) {
         if (rq->op == REQ_OP_WRITE && direct->is_locking)

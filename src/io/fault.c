@@ -88,7 +88,7 @@ static int fault_torn_work(struct rq *rq)
 
     // Unaligned: nothing of it, which is torn as well.
     if (!(rq->ext.offset_bytes % align) && some)
-        (void)!pwrite(image->fd, rq->iov[0].iov_base, some, (off_t)rq->ext.offset_bytes);
+        (void)!pwrite(rq->ext.fd, rq->iov[0].iov_base, some, (off_t)rq->ext.offset_bytes);
     return -EIO;
 }
 

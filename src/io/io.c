@@ -68,6 +68,7 @@ void io_queue_rw(struct rq *rq, void (*done)(struct ring_op *op, int res))
 void io_queue_fsync(struct io *io, struct rq *rq)
 {
     rq->ring_op.code = RING_FSYNC;
-    rq->ring_op.fd = io->dev->image->fd;
+    (void)io;
+    rq->ring_op.fd = rq->ext.fd;
     ring_queue(rq->queue->ring, &rq->ring_op);
 }

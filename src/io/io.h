@@ -27,8 +27,8 @@ struct io_ops {
     // Required, hot, queue's thread: moves rq's part at hand, or less of it, between rq->iov
     // (part_nr_iov vectors) and rq->ext. Ends with rq_part_done(), now or later.
     void (*rw)(struct io *io, struct rq *rq);
-    // Required, queue's thread: everything that is complete becomes durable. rq->ring_op.done is set
-    // and gets the result.
+    // Required, queue's thread: everything that is complete in rq->ext.fd becomes durable.
+    // rq->ring_op.done is set and gets the result.
     void (*flush)(struct io *io, struct rq *rq);
     // Required, queue's thread: DISCARD, WRITE_ZEROES, PREFETCH. Ends with rq_end().
     void (*other)(struct io *io, struct rq *rq);
@@ -61,5 +61,5 @@ void io_queue_rw(struct rq *rq, void (*done)(struct ring_op *op, int res));
 void io_rw_done(struct ring_op *op, int res);
 // The same without the queueing.
 void io_prep_rw(struct rq *rq, void (*done)(struct ring_op *op, int res));
-// fdatasync of the image through the ring.
+// fdatasync of rq->ext.fd through the ring.
 void io_queue_fsync(struct io *io, struct rq *rq);

@@ -117,5 +117,6 @@ int zero_work(struct rq *rq)
         ret = -errno;
         flush_failed(dev, ret); // F2
     }
+    flush_note_write(rq); // also when it failed: some of it may have been done
     return ret;
 }

@@ -33,6 +33,9 @@ static inline int is_power_of_2(uint64_t n)
 // Monotonic time in nanoseconds.
 uint64_t util_now_ns(void);
 
+// The same to some milliseconds, and cheap.
+uint64_t util_coarse_ns(void);
+
 // A size: digits, then at most one of K, M, G, T (1024-based; either case). What off_t cannot hold is
 // -ERANGE, everything else -EINVAL. 0 when it is one.
 int util_parse_size(const char *text, uint64_t *bytes);

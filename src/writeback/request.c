@@ -428,6 +428,7 @@ void request_synced(struct rq *rq, int error)
         flush_submit(rq);
     } else {
         rq->ring_op.done = fua_flushed;
+        rq->ext.fd = rq->queue->dev->image->fd;
         io_queue_fsync(rq->queue->dev->io, rq);
     }
 }

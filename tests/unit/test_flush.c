@@ -42,6 +42,20 @@ static void check(bool is_read_only, bool is_stored, bool is_sync, bool has_writ
     fail_msg("no row for %d %d %d %d", is_read_only, is_stored, is_sync, has_writeback);
 }
 
+static void what_is_redirected_is_flushed_where_it_went(void **state)
+{
+    (void)state;
+    for (unsigned i = 0; i < 16; i++) {
+        struct durability_in in = {i & 1, i & 2, i & 4, i & 8, .has_device_fd = true};
+        struct durability out = flush_durability(&in);
+        bool is_durable = in.is_read_only || !in.is_stored; // O_SYNC is the file's, not the device's
+
+        assert_int_equal(out.has_volatile_cache, !is_durable);
+        assert_int_equal(out.flush, is_durable ? FLUSH_NOTHING : FLUSH_BOTH);
+        assert_int_equal(out.fua, is_durable ? FUA_NOTHING : FUA_DSYNC);
+    }
+}
+
 static void a_writable_stored_image_has_a_volatile_cache(void **state)
 {
     (void)state;
@@ -95,6 +109,7 @@ static void a_cache_is_advertised_exactly_if_flush_does_something(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        cmocka_unit_test(what_is_redirected_is_flushed_where_it_went),
         cmocka_unit_test(a_writable_stored_image_has_a_volatile_cache),
         cmocka_unit_test(a_read_only_device_promises_nothing),
         cmocka_unit_test(what_is_not_stored_needs_no_flush),
