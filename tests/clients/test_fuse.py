@@ -200,7 +200,8 @@ class File(FuseCase):
                         run("fio", "--name=verify", f"--filename={server.paths[0]}", "--rw=randwrite",
                             f"--bs{'range' if '-' in block else ''}={block}", "--size=8m", f"--iodepth={depth}",
                             "--blockalign=512", "--ioengine=libaio", f"--direct={direct}", "--verify=crc32c",
-                            "--verify_fatal=1", "--do_verify=1", "--thread", "--allow_file_create=0",
+                            "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1", "--thread",
+                            "--allow_file_create=0",
                             "--serialize_overlap=1")
 
 
@@ -215,7 +216,7 @@ class Loop(FuseCase):
                     run("cp", "-a", os.path.join(harness.ROOT, "src"), point)
                     run("fio", "--name=data", f"--filename={point}/data", "--rw=randwrite", "--bs=4k", "--size=24m",
                         "--iodepth=32", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1",
-                        "--thread")
+                        "--verify_state_save=0", "--thread")
                     run("fio", "--name=meta", f"--directory={point}", "--nrfiles=200", "--filesize=4k-64k",
                         "--rw=randwrite", "--bs=4k", "--openfiles=20", "--numjobs=2", "--thread", "--fallocate=none",
                         "--create_on_open=1", "--fsync=20")
@@ -245,7 +246,7 @@ class Loop(FuseCase):
             for depth in (1, 64):
                 run("fio", "--name=verify", f"--filename={device}", "--rw=randwrite", "--bs=4k", "--size=8m",
                     f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1",
-                    "--thread")
+                    "--verify_state_save=0", "--thread")
 
 
 class Life(FuseCase):

@@ -19,6 +19,7 @@ struct fuse_file {
     struct transport_hold *hold;
     struct device *dev;
     struct fuse_chan *chans; // a queue each
+    unsigned nr_chans;       // the device is gone before they are
 };
 
 struct fuse_server {
@@ -128,7 +129,7 @@ static void fuse_destroy(struct transport *transport)
     for (unsigned i = 0; i < server->nr_files; i++) {
         struct fuse_file *file = &server->files[i];
 
-        for (unsigned j = 0; j < file->dev->nr_queues; j++)
+        for (unsigned j = 0; j < file->nr_chans; j++)
             fuse_chan_destroy(&file->chans[j]);
         free(file->chans);
     }
@@ -145,6 +146,7 @@ static int server_add_file(struct fuse_server *server, struct transport_hold *ho
         (struct fuse_file){.hold = hold, .dev = dev, .chans = calloc(dev->nr_queues, sizeof(*file->chans))};
     if (!file->chans)
         return -ENOMEM;
+    file->nr_chans = dev->nr_queues;
     for (unsigned i = 0; i < dev->nr_queues; i++) {
         struct fuse_chan *chan = &file->chans[i];
 
