@@ -50,6 +50,23 @@ static struct json_object *transports_json(const struct transport_holds *holds)
     return array;
 }
 
+static void describe_map(struct json_object *object, struct map *map)
+{
+    struct map_status status;
+
+    if (!map_describe(map, &status))
+        return;
+    json_object_object_add(object, "redirects", json_object_new_boolean(status.is_redirecting));
+    add_string(object, status.is_redirecting ? "redirects_to" : "redirects_not",
+               status.is_redirecting ? status.device : status.why_not);
+    add_uint(object, "redirected_bytes", status.device_bytes);
+    add_uint(object, "redirected_extents", status.nr_extents);
+    add_uint(object, "zero_bytes", status.zero_bytes);
+    add_uint(object, "by_way_of_file_bytes", status.file_bytes);
+    add_uint(object, "not_asked_for_bytes", status.unknown_bytes);
+    add_uint(object, "lease_breaks", status.nr_lease_breaks);
+}
+
 static void describe_device(struct json_object *object, const struct device *dev)
 {
     const struct limits *limits = &dev->limits;
@@ -60,6 +77,7 @@ static void describe_device(struct json_object *object, const struct device *dev
     add_string(object, "io", dev->options.io);
     add_string(object, "io_in_use", dev->io->ops->name);
     add_string(object, "map", dev->options.map);
+    describe_map(object, dev->map);
     add_string(object, "ring", dev->queues[0].ring->ops->name);
     add_uint(object, "queues", dev->nr_queues);
     add_uint(object, "depth", dev->depth);

@@ -478,6 +478,8 @@ static int begin(struct fastfs *fastfs, struct err *err)
     sigemptyset(&set);
     sigaddset(&set, SIGIO); // blocked in this thread, as all are
     fastfs->signal_fd = fastfs->signal_op.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    // The open file may come from a process that has ended with the lease, and an opener be waiting for it.
+    drop_lease(fastfs);
     if (fastfs->signal_fd < 0)
         ret = err_set(err, -errno, "%s: fastfs: signalfd: %s", image->path, strerror(errno));
     else
