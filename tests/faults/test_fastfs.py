@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -226,6 +225,222 @@ class Fastfs(unittest.TestCase):
         offset, length = 4 * K * chance.randrange(SIZE // (4 * K) - 64), 4 * K * chance.randrange(1, 64)
         run("fallocate", "--punch-hole", "--offset", offset, "--length", length, path)
         shadow.write(offset, bytes(length))
+
+
+@unittest.skipIf(os.geteuid(), "needs root")
+class Lease(harness.Case):
+    """Whoever opens the image waits until it is safe, and no longer."""
+
+    def file_system(self, kind="ext4"):
+        return self.enterContext(filesystem(kind, 400 * M))
+
+    def test_an_opener_sees_what_was_written_last(self):
+        for kind in KINDS:
+            with self.subTest(kind):
+                path = harness.write_file(f"{self.file_system(kind)}/disk.img", b"o" * 8 * M)
+                with served(path) as server, server.connect() as client:
+                    for number in range(rounds(40)):
+                        data = bytes([number % 255 + 1]) * 64 * K
+                        offset = 4 * K * (number * 7 % 1024)
+                        client.write(offset, data)
+                        with open(path, "rb") as file:
+                            file.seek(offset)
+                            self.assertEqual(file.read(len(data)), data)
+                        if number % 4 == 0:
+                            wait_for_redirection(server)
+                            self.assertEqual(client.read(offset, len(data)), data)
+
+    def test_an_opener_writes_and_we_see_it(self):
+        path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
+        with served(path) as server, server.connect() as client:
+            self.assertEqual(client.read(0, 4 * K), b"o" * 4 * K)
+            with open(path, "r+b") as file:
+                file.write(b"theirs" * 1000)  # in the page cache, and dirty
+            wait_for_redirection(server)
+            self.assertEqual(client.read(0, 6000), b"theirs" * 1000)
+            client.write(0, b"ours" * 1000)
+            wait_for_redirection(server)
+        self.assertEqual(harness.read_file(path)[:6000], b"ours" * 1000 + (b"theirs" * 1000)[4000:])
+
+    def test_somebody_has_it_open_at_the_start(self):
+        path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
+        with open(path, "rb") as file:
+            with served(path) as server, server.connect() as client:
+                self.assertIn("somebody else has it open", server.stderr())
+                self.assertFalse(status(server)["redirects"])
+                self.assertEqual(client.read(0, M), b"o" * M)
+                file.close()
+                wait_for_redirection(server)
+                client.read(0, M)
+                self.assertEqual(status(server)["bytes"], M)
+
+    def test_thousands_of_openers_while_it_is_in_use(self):
+        """Breaks in the middle of look-ups, fills and punches; p99 of the waits is in bench/fastfs."""
+        path = harness.write_file(f"{self.file_system('xfs')}/disk.img", b"o" * 4 * M, size=36 * M)
+        with served(path, "--queues", "4") as server:
+            stop, opened = threading.Event(), []
+
+            def open_and_close():
+                while not stop.is_set():
+                    os.close(os.open(path, os.O_RDONLY))
+                    opened.append(1)
+                    time.sleep(0.0005 * random.randrange(60))
+
+            openers = [threading.Thread(target=open_and_close) for _ in range(2)]
+            for opener in openers:
+                opener.start()
+            chance = random.Random(harness.SEED)
+            clients = [self.enterContext(server.connect()) for _ in range(4)]
+            shadow = {}
+            for _ in range(rounds(1500)):
+                cookies = []
+                for client, slot in zip(clients, chance.sample(range(36 * M // (64 * K)), 4)):
+                    if chance.random() < 0.3:
+                        shadow[slot] = 0
+                        cookies.append((client, client.issue(raw.WRITE_ZEROES, slot * 64 * K, 4 * K)))
+                    else:
+                        shadow[slot] = chance.randrange(1, 256)
+                        data = bytes([shadow[slot]]) * 4 * K
+                        cookies.append((client, client.issue(raw.WRITE, slot * 64 * K, data=data)))
+                for client, cookie in cookies:
+                    self.assertEqual(client.wait(cookie).error, 0)
+            stop.set()
+            for opener in openers:
+                opener.join()
+            for slot, value in shadow.items():
+                self.assertEqual(clients[0].read(slot * 64 * K, 4 * K), bytes([value]) * 4 * K)
+            self.assertGreater(len(opened), 50)
+
+    def test_a_stopped_process_does_not_redirect_when_it_goes_on(self):
+        """The kernel waits for lease-break-time and then breaks the lease by force."""
+        try:
+            knob = "/proc/sys/fs/lease-break-time"
+            before = harness.read_file(knob)
+            harness.write_file(knob, b"2")
+        except OSError as error:
+            self.skipTest(f"{knob}: {error.strerror}")
+        self.addCleanup(lambda: harness.write_file(knob, before))
+        path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * 8 * M)
+        with served(path) as server, server.connect() as client:
+            client.read(0, 8 * M)
+            self.assertTrue(status(server)["redirects"])
+            server.process.send_signal(signal.SIGSTOP)
+            cookie = client.issue(raw.WRITE, 0, data=b"late" * K)
+            with open(path, "r+b") as file:  # comes back when the lease is broken by force
+                fcntl.flock(file, fcntl.LOCK_EX)
+                run("fallocate", "--punch-hole", "--offset", 0, "--length", 4 * M, path)
+                other = harness.write_file(f"{os.path.dirname(path)}/other", b"x" * 8 * M)
+                os.sync()
+                server.process.send_signal(signal.SIGCONT)
+                self.assertEqual(client.wait(cookie).error, 0)
+                self.assertFalse(status(server)["redirects"])
+                file.seek(0)
+                self.assertEqual(file.read(4 * K), b"late" * K)
+            self.assertEqual(client.read(4 * K, 4 * K), bytes(4 * K))
+            with open(other, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                self.assertEqual(file.read(), b"x" * 8 * M)
+
+    def test_a_killed_server_loses_nothing_that_it_answered(self):
+        """What is redirected is the device's when it is answered; what was flushed is the file's as well."""
+        for kind in KINDS:
+            with self.subTest(kind), harness.loop_device(400 * M) as device:
+                run(*harness.MKFS[kind], device)
+                with harness.mounted(device, kind) as point:
+                    path = f"{point}/disk.img"
+                    shadow = Shadow(make_image(path, random.Random(harness.SEED)))
+                    with served(path) as server:
+                        model = Model(self, server, shadow, harness.SEED, raw.MODES)
+                        model.run(rounds(1000))
+                        with server.connect() as client:
+                            client.flush()
+                        server.kill()
+                    check_whole(model, harness.read_file(path))
+                check_filesystem(kind, device)
+                with harness.mounted(device, kind) as point:
+                    check_whole(model, harness.read_file(f"{point}/disk.img"))
+
+
+@unittest.skipIf(os.geteuid(), "needs root")
+class Refusals(harness.Case):
+    """One line says why, and what to do instead."""
+
+    def refused(self, why, *args, data=b"x" * M, path=None, **options):
+        path = path or harness.write_file(f"{self.point}/disk.img", data)
+        with self.assertRaises(harness.StartError) as caught:
+            with served(path, *args, **options):
+                pass
+        lines = [line for line in caught.exception.stderr.splitlines() if "fastfs" in line or "--map" in line]
+        self.assertEqual(len(lines), 1, caught.exception.stderr)
+        self.assertRegex(lines[0], why)
+        self.assertRegex(lines[0], r"^bight: \S+: .*; .*")
+
+    def on(self, kind, **options):
+        self.point = self.enterContext(filesystem(kind, 400 * M, **options))
+
+    def test_file_systems(self):
+        self.point = self.enterContext(harness.scratch_dir("/dev/shm"))
+        self.refused("tmpfs|goes past the page cache")
+        if have("mkfs.btrfs"):
+            with harness.loop_device(400 * M) as device:
+                run("mkfs.btrfs", "-q", device)
+                with harness.mounted(device, "btrfs") as self.point:
+                    self.refused("btrfs does not tell")
+
+    def test_a_block_device(self):
+        with harness.loop_device(16 * M) as device:
+            self.refused("a block device has no file system", path=device)
+
+    def test_journalled_data(self):
+        self.on("ext4", options="data=journal")
+        self.refused("data=journal")
+
+    def test_offset_and_size(self):
+        self.on("ext4")
+        self.refused("--offset 512 is no multiple", "--offset", 512)
+        self.refused("truncate -s %[0-9]+ ", data=b"x" * (M + 512))
+
+    def test_io(self):
+        self.on("xfs")
+        self.refused("use --io direct", io="buffered")
+        self.refused("--writeback", "--writeback")
+
+    def test_without_rights(self):
+        self.on("ext4")
+        path = harness.write_file(f"{self.point}/disk.img", b"x" * M)
+        for folder in (self.point, path):
+            os.chmod(folder, 0o777)
+        self.refused("run as root", path=path, wrap=["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
+
+    def test_shared_blocks_are_left_to_the_file(self):
+        self.on("xfs")
+        path = harness.write_file(f"{self.point}/disk.img", b"s" * M)
+        run("cp", "--reflink=always", path, f"{self.point}/snapshot")
+        with open(path, "ab") as file:
+            file.write(b"o" * M)
+        with served(path) as server, server.connect() as client:
+            self.assertEqual(client.read(0, 2 * M), b"s" * M + b"o" * M)
+            told = status(server)
+            self.assertEqual((told["bytes"], told["file"]), (M, 15 * M))  # and what is behind the end
+            client.write(0, b"n" * 2 * M)
+            self.assertEqual(client.read(0, 2 * M), b"n" * 2 * M)
+            wait_until(lambda: status(server)["bytes"] == 2 * M, "the copy is redirected")
+            client.flush()
+        self.assertEqual(harness.read_file(f"{self.point}/snapshot"), b"s" * M)
+        self.assertEqual(harness.read_file(path), b"n" * 2 * M)
+
+    def test_contents_that_do_not_match(self):
+        """A file system on a device that is not the one of its number: a bind mount over the node."""
+        self.on("ext4")
+        path = harness.write_file(f"{self.point}/disk.img", b"x" * M)
+        with harness.loop_device(400 * M) as other:
+            node = os.stat(self.point).st_dev
+            name = os.path.basename(os.readlink(f"/sys/dev/block/{os.major(node)}:{os.minor(node)}"))
+            run("mount", "--bind", other, f"/dev/{name}")
+            try:
+                self.refused("is not the block device", path=path)
+            finally:
+                run("umount", f"/dev/{name}")
 
 
 if __name__ == "__main__":
