@@ -83,6 +83,7 @@ struct rq {
         uint64_t placed_end;         // space was allocated up to there
         void (*done)(struct rq *rq); // the transport's, while it is ours
         int error;
+        uint8_t op; // what it is, while it is below as its own FLUSH
         uint8_t is_admitted, is_waiting, is_running, has_run;
     } wb;
 };

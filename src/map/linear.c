@@ -35,6 +35,19 @@ static int linear_look_up(const struct image *image, uint64_t len_bytes, struct 
     return 0;
 }
 
+// Where the file system has no fallocate, the write allocates.
+static int linear_allocate(const struct image *image, const struct extent *ext)
+{
+    int ret;
+
+    if (image->is_block_device)
+        return 0;
+    do {
+        ret = fallocate(image->fd, FALLOC_FL_KEEP_SIZE, (off_t)ext->offset_bytes, (off_t)ext->len_bytes);
+    } while (ret < 0 && errno == EINTR);
+    return ret < 0 && errno != EOPNOTSUPP ? -errno : 0;
+}
+
 static int linear_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create,
                          bool may_block, struct extent *ext)
 {
@@ -51,11 +64,7 @@ static int linear_extent(struct map *map, uint64_t start_bytes, uint64_t len_byt
         return 0;
     if (!create)
         return linear_look_up(image, len_bytes, ext);
-    if (!image->is_block_device &&
-        fallocate(image->fd, FALLOC_FL_KEEP_SIZE, (off_t)ext->offset_bytes, (off_t)len_bytes) < 0 &&
-        errno != EOPNOTSUPP)
-        return -errno;
-    return 0;
+    return linear_allocate(image, ext);
 }
 
 const struct map_ops map_linear_ops = {

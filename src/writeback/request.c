@@ -410,6 +410,7 @@ static void fua_flushed(struct ring_op *op, int res)
 {
     struct rq *rq = rq_of(op);
 
+    rq->op = rq->wb.op;
     if (res < 0)
         flush_failed(rq->queue->dev, res); // F2
     else
@@ -427,9 +428,10 @@ void request_synced(struct rq *rq, int error)
     } else if (rq->op == REQ_OP_FLUSH) {
         flush_submit(rq);
     } else {
+        rq->wb.op = rq->op;
+        rq->op = REQ_OP_FLUSH;
         rq->ring_op.done = fua_flushed;
-        rq->ext.fd = rq->queue->dev->image->fd;
-        io_queue_fsync(rq->queue->dev->io, rq);
+        io_flush(rq->queue->dev->io, rq);
     }
 }
 
