@@ -500,11 +500,12 @@ static void zero_start(struct rq *rq)
     uint64_t end = rq->offset_bytes + rq->len_bytes, mask = wb->cache.sector_bytes - 1;
 
     rq->wb.is_admitted = false;
-    if (rq->op == REQ_OP_WRITE_ZEROES &&
-        ((rq->offset_bytes & mask) || ((end & mask) && end != wb->device_bytes)))
-        rq_call_worker(rq, zero_edges_work, zero_edges_done);
-    else
+    if (rq->op == REQ_OP_DISCARD || !((rq->offset_bytes & mask) || ((end & mask) && end != wb->device_bytes)))
         zero_whole(rq);
+    else if (rq->flags & RQ_FAST_ZERO) // the image below might refuse the rest, when the edges are zeroed
+        rq_end(rq, -EOPNOTSUPP);
+    else
+        rq_call_worker(rq, zero_edges_work, zero_edges_done);
 }
 
 static bool is_being_written(const struct writeback *wb, uint64_t start, uint64_t end)

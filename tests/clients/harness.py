@@ -28,6 +28,7 @@ QUICK = os.environ.get("BIGHT_TEST_QUICK") == "1"
 SEED = int(os.environ.get("BIGHT_SEED") or random.SystemRandom().randrange(1 << 32))
 RINGS = ("uring", "threads")
 IOS = ("direct", "buffered")
+WRITEBACK = "writeback"  # direct, with as little memory as there can be: it is full all the time
 K, M, G = 1 << 10, 1 << 20, 1 << 30
 # far beyond what anything takes: reached only by a hang
 PATIENCE = 120
@@ -234,6 +235,12 @@ def scratch_dir(parent=None):
 
 # The server
 
+def io_args(io):
+    if io == WRITEBACK:
+        return ["--io", "direct", "--writeback=1M"]
+    return ["--io", io] if io else []
+
+
 class StartError(AssertionError):
     def __init__(self, status, stderr):
         super().__init__(f"the server ended with {status} before it was ready:\n{stderr}")
@@ -249,7 +256,7 @@ class Server:
         os.chmod(self.dir, 0o777)
         self.socket = os.path.join(self.dir, "nbd.sock")
         self.stderr_path = os.path.join(self.dir, "stderr")
-        self.command = [*wrap, BIGHT, "serve", *(["--ring", ring] if ring else []), *(["--io", io] if io else []),
+        self.command = [*wrap, BIGHT, "serve", *(["--ring", ring] if ring else []), *io_args(io),
                         *map(str, args), *map(str, images)]
         for address in ([f"unix:{self.socket}"] if nbd is None else nbd):
             self.command += ["--nbd", address]

@@ -9,14 +9,14 @@ import unittest
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "clients"))
 import harness
 import raw
-from harness import IOS, K, M, Case, Server, need, need_root, rounds, run
+from harness import IOS, WRITEBACK, K, M, Case, Server, need, need_root, rounds, run
 
 SIZE = 8 * M
 BLOCK = 4 * K
 
 
-def combinations():
-    return [(ring, io) for ring in harness.rings() for io in IOS]
+def combinations(ios=IOS):
+    return [(ring, io) for ring in harness.rings() for io in ios]
 
 
 class Kills(Case):
@@ -51,7 +51,7 @@ class Kills(Case):
             pass
 
     def test_a_killed_server_loses_nothing_that_it_confirmed(self):
-        for ring, io in combinations():
+        for ring, io in combinations(IOS + (WRITEBACK,)):
             for confirm in ("flush", "fua"):
                 chance = random.Random(harness.SEED)
                 with self.subTest(ring=ring, io=io, confirm=confirm, seed=harness.SEED):
@@ -77,7 +77,7 @@ class Kills(Case):
 
     def test_a_killed_client_harms_nobody(self):
         """Half of a payload has come when the client dies: none of it may spoil what others have written."""
-        for ring, io in combinations():
+        for ring, io in combinations(IOS + (WRITEBACK,)):
             with self.subTest(ring=ring, io=io), Server(self.image(harness.pattern(SIZE)), ring=ring, io=io) as server:
                 with server.connect() as good:
                     fds = server.fds()
@@ -132,7 +132,7 @@ class PowerCuts(Case):
         for kind in ("ext4", "xfs"):
             if not harness.have(harness.MKFS[kind][0]):
                 continue
-            for ring, io in combinations():
+            for ring, io in combinations(IOS + (WRITEBACK,)):
                 with self.subTest(kind=kind, ring=ring, io=io):
                     data = self.cut(ring, io, kind, actions)
                     self.assertEqual(len(data), SIZE)
@@ -193,7 +193,7 @@ class PowerCuts(Case):
         self.check(actions, {0: harness.pattern(M), 2 * M + 1: harness.pattern(1000)})
 
     def test_the_end_of_the_server_flushes(self):
-        for ring, io in combinations():
+        for ring, io in combinations(IOS + (WRITEBACK,)):
             backing = os.path.join("/dev/shm", os.path.basename(self.dir) + "-disk")
             self.addCleanup(lambda: os.path.exists(backing) and os.unlink(backing))
             harness.write_file(backing, size=64 * M)
@@ -215,7 +215,7 @@ class PowerCuts(Case):
 class Full(Case):
     @need("mkfs.ext4")
     def test_a_full_file_system_is_told_as_enospc(self):
-        for ring, io in combinations():
+        for ring, io in combinations(IOS + (WRITEBACK,)):
             with self.subTest(ring=ring, io=io), harness.filesystem("ext4", 24 * M) as point:
                 image = harness.write_file(os.path.join(point, "disk.img"), size=64 * M)
                 with Server(image, ring=ring, io=io) as server:

@@ -15,7 +15,7 @@ import unittest
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "clients"))
 import harness
 import raw
-from harness import IOS, K, M, Server, rounds
+from harness import IOS, WRITEBACK, K, M, Server, rounds
 
 SIZE = 2 * M + 777
 IN_FLIGHT = 24
@@ -209,7 +209,7 @@ class Random(unittest.TestCase):
                 if kinds and not any(what.startswith(kind) for kind in kinds):
                     continue
                 for ring in harness.rings():
-                    for io in IOS:
+                    for io in IOS if faults else IOS + (WRITEBACK,):
                         with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
                             self.one(path, ring, io, rounds(count), faults, errors)
 
@@ -296,7 +296,7 @@ class Neighbours(unittest.TestCase):
     def each(self, pieces_of, count, faults=""):
         for what, path in self.each_image():
             for ring in harness.rings():
-                for io in IOS:
+                for io in IOS if faults else IOS + (WRITEBACK,):
                     with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
                         if not path.startswith("/dev/"):
                             harness.write_file(path, size=M)

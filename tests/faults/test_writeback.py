@@ -1,0 +1,210 @@
+#!/usr/bin/python3
+"""Write-back: what becomes of a sparse image, of memory, of a file system inside when the server is killed."""
+import fcntl
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "clients"))
+import harness
+import raw
+from harness import BIGHT, K, M, Case, Server, need, need_root, rounds, run
+
+FS_IOC_FSGETXATTR = 0x801C581F
+
+
+def extents(path):
+    """Physically separate pieces."""
+    run("sync", "-f", path)
+    return int(re.search(r": (\d+) extents? found", run("filefrag", path).stdout)[1])
+
+
+def counters(server):
+    """The numbers of the write-back's line, by the word behind them."""
+    server.process.send_signal(signal.SIGUSR1)
+    harness.wait_until(lambda: ": writeback: " in server.stderr(), "the counters")
+    line = server.stderr().split(": writeback: ")[-1].split("\n")[0]
+    return {word: int(number) for number, word in re.findall(r"(\d+) (?:bytes )?(\w+)", line)}
+
+
+def write_at_random(client, pages, size, chance):
+    for number in range(pages):
+        cookies = [client.issue(raw.WRITE, chance.randrange(size // (4 * K)) * 4 * K, data=b"x" * 4 * K)
+                   for _ in range(min(16, pages - number * 16))]
+        if not cookies:
+            break
+        for cookie in cookies:
+            assert client.wait(cookie).error == 0
+
+
+@need_root
+@need("filefrag")
+class Layout(Case):
+    def fragments(self, kind, args):
+        with harness.filesystem(kind, 640 * M) as point:
+            image = harness.write_file(os.path.join(point, "disk.img"), size=256 * M)
+            with Server(image, args=args) as server, server.connect() as client:
+                write_at_random(client, 1000, 256 * M, random.Random(1))
+                client.flush()
+                numbers = counters(server) if "--writeback" in args else None
+            return extents(image), numbers
+
+    def test_random_writes_leave_few_extents(self):
+        for kind, ratio in (("xfs", 50), ("ext4", 5)):  # ext4 has data of its own in between
+            with self.subTest(kind=kind):
+                plain, _ = self.fragments(kind, [])
+                few, numbers = self.fragments(kind, ["--writeback"])
+                self.assertLess(few * ratio, plain)
+                # each of those that were allocated by a call or two
+                self.assertLess(numbers["calls"], 20)
+                self.assertEqual((numbers["dirty"], numbers["reserved"], numbers["failed"]), (0, 0, 0))
+
+    def test_a_file_of_specks_stays_small(self):
+        with harness.filesystem("xfs", 320 * M) as point:
+            image = harness.write_file(os.path.join(point, "disk.img"), size=1024 * M)
+            with Server(image, args=["--writeback"]) as server, server.connect() as client:
+                for at in range(0, 1024 * M, 64 * M):
+                    client.write(at, b"x" * 4 * K)
+            self.assertLessEqual(harness.allocated(image), 16 * 64 * K + 64 * K)
+
+    def test_an_allocation_unit_of_a_page_rounds_nothing(self):
+        with harness.filesystem("ext4", 320 * M) as point:
+            image = harness.write_file(os.path.join(point, "disk.img"), size=256 * M)
+            with Server(image, args=["--writeback", "--allocation-unit=4K"]) as server, server.connect() as client:
+                for at in range(0, M, 16 * K):
+                    client.write(at, b"x" * 4 * K)
+            self.assertLessEqual(harness.allocated(image), M // 4 + 16 * K)
+
+    def test_an_extent_size_hint_is_set_on_the_file(self):
+        with harness.filesystem("xfs", 320 * M) as point:
+            image = harness.write_file(os.path.join(point, "disk.img"), size=256 * M)
+            for _ in range(2):  # a second time it is there already
+                with Server(image, args=["--extent-size-hint=1M"]) as server, server.connect() as client:
+                    client.write(0, b"x" * 4 * K)
+            with open(image) as file:
+                attr = struct.unpack("IIIII8x", fcntl.ioctl(file, FS_IOC_FSGETXATTR, bytes(28)))
+            self.assertEqual(attr[1], M)
+            with self.assertRaises(harness.StartError) as caught:
+                self.serve(image, args=["--extent-size-hint=2M"])
+            self.assertIn("no blocks yet", caught.exception.stderr)
+
+
+class Limits(Case):
+    def test_memory_is_bounded_when_each_page_has_one_sector(self):
+        if harness.sanitized():
+            self.skipTest("a sanitizer's memory says nothing")
+        size = 32 * M
+        server = self.serve(self.image(size=1024 * M), args=[f"--writeback={size}"])
+        with server.connect() as client:
+            client.write(0, b"x" * 512)
+            client.flush()
+            before = most = server.rss()
+            for number in range(rounds(100)):
+                cookies = [client.issue(raw.WRITE, (number * 100 + i) * 40 * K % (1024 * M), data=b"x" * 512)
+                           for i in range(100)]
+                for cookie in cookies:
+                    self.assertEqual(client.wait(cookie).error, 0)
+                most = max(most, server.rss())
+            self.assertLess(most, before + size + 16 * M)
+            self.assertGreater(most, before + size // 4)
+
+    def test_it_is_refused_where_the_kernel_does_it(self):
+        done = run(BIGHT, "serve", "--io", "buffered", "--writeback", self.image(size=M), "--nbd",
+                   f"unix:{self.path('sock')}", status=2)
+        self.assertIn("kernel's write-back", done.stderr)
+
+    def test_sizes(self):
+        for value in ("1", "1000K", "2T", "x", ""):
+            with self.subTest(value=value):
+                done = run(BIGHT, "serve", f"--writeback={value}", self.image(size=M), "--nbd",
+                           f"unix:{self.path('sock')}", status=2)
+                self.assertIn("--writeback", done.stderr)
+
+    def test_what_cannot_be_written_is_told_at_the_end(self):
+        server = self.serve(self.image(size=M), io="fault:write.error=1", args=["--writeback"])
+        with server.connect() as client:
+            client.write(0, b"x" * 8 * K)
+            client.expect(raw.EIO, raw.FLUSH)
+            client.expect(raw.EIO, raw.FLUSH)
+            self.assertEqual(client.read(0, 8 * K), b"x" * 8 * K)
+        server.process.send_signal(signal.SIGTERM)
+        self.assertIn("8192 bytes could not be written (Input/output error) and are lost", server.wait(status=1))
+
+    def test_age_alone_brings_it_below(self):
+        image = self.image(size=M)
+        server = self.serve(image, args=["--writeback"])
+        with server.connect() as client:
+            client.write(0, b"x" * 4 * K)
+            harness.wait_until(lambda: harness.read_file(image)[:4 * K] == b"x" * 4 * K, "the page that has aged")
+
+
+@need_root
+@need("mkfs.ext4", "e2fsck", "losetup", "mount")
+@unittest.skipUnless(os.path.exists("/dev/fuse"), "the kernel has no FUSE")
+class FileSystemInside(Case):
+    """ext4 in the image, on a loop device over --fuse. The server is killed while files are written: what was synced
+    is there, and the file system is whole once its journal is replayed."""
+
+    def fill(self, point, stop, synced):
+        number = 0
+        try:
+            while not stop.is_set():
+                path = os.path.join(point, f"file{number}")
+                data = harness.pattern(random.Random(number).randrange(1, 100 * K), number)
+                with open(path, "wb") as file:
+                    file.write(data)
+                    if number % 5 == 0:
+                        os.fsync(file.fileno())
+                        synced[os.path.basename(path)] = data
+                number += 1
+        except OSError:
+            pass  # the disk has gone
+
+    def kill_in_the_middle(self, image, synced):
+        device_path = self.path("device")
+        server = Server(image, args=["--writeback=4M", "--fuse", device_path], nbd=[])
+        with server.stack:
+            server.start()
+            loop = run("losetup", "--find", "--show", "--direct-io=on", device_path).stdout.strip()
+            point = self.path("mnt")
+            os.makedirs(point, exist_ok=True)
+            try:
+                run("mount", "-t", "ext4", "-o", "errors=continue", loop, point)
+                stop = threading.Event()
+                writer = threading.Thread(target=self.fill, args=(point, stop, synced))
+                writer.start()
+                harness.wait_until(lambda: len(synced) >= 12, "synced files")
+                server.kill()
+                stop.set()
+                run("umount", "--force", "--lazy", device_path, status=None)
+                writer.join()
+            finally:
+                run("umount", "--lazy", point, status=None)
+                run("losetup", "--detach", loop, status=None)
+                run("umount", "--force", "--lazy", device_path, status=None)
+
+    def test_a_killed_server_leaves_it_whole(self):
+        for number in range(rounds(2)):
+            with self.subTest(number=number):
+                image = self.image(size=96 * M, name=f"disk{number}.img")
+                run("mkfs.ext4", "-q", "-F", image)
+                synced = {}
+                self.kill_in_the_middle(image, synced)
+                self.assertGreaterEqual(len(synced), 12)
+                # 1: its journal was replayed, or orphans deleted; 4 would be errors
+                run("e2fsck", "-fp", image, status=None)
+                done = subprocess.run(["e2fsck", "-fn", image], stdout=subprocess.PIPE, text=True)
+                self.assertEqual(done.returncode, 0, done.stdout)
+                with harness.loop_device(0, backing=image) as device, harness.mounted(device, "ext4") as point:
+                    for name, data in synced.items():
+                        self.assertTrue(harness.read_file(os.path.join(point, name)) == data, f"{name} is not as synced")
+
+
+if __name__ == "__main__":
+    unittest.main()
