@@ -431,6 +431,7 @@ void request_synced(struct rq *rq, int error)
         rq->wb.op = rq->op;
         rq->op = REQ_OP_FLUSH;
         rq->ring_op.done = fua_flushed;
+        rq->ext.fd = rq->queue->dev->image->fd;
         io_flush(rq->queue->dev->io, rq);
     }
 }
