@@ -363,19 +363,19 @@ static void what_was_flushed_survives_every_cut(void **state)
     bool is_quick = is_under_valgrind() || (quick && !strcmp(quick, "1"));
     struct fixture_options options = {.ring = ring_ops_of(state), .io = "direct", .nr_queues = 2};
     struct fixture fixture;
-    struct client *clients = calloc(NR_CLIENTS, sizeof(*clients));
+    struct client *clients;
     uint64_t random = 99;
 
     options.size_bytes = DISK_BYTES;
     fixture = fixture_create(&options);
     if (!fixture.dev->image->is_direct) {
         fixture_destroy(&fixture);
-        free(clients);
         skip();
     }
     fixture_destroy(&fixture);
     options.writeback_bytes = MiB;
     fixture = fixture_create(&options);
+    clients = calloc(NR_CLIENTS, sizeof(*clients));
     test.nr = test.nr_overlaps = 0;
     test.random = 7;
     memset(test.disk, 0, sizeof(test.disk));
