@@ -14,8 +14,9 @@
 #include "util/util.h"
 #include "writeback/wb.h"
 
-#define BACKGROUND_SHARE 2 // of the memory
-#define SOFT_SHARE 4       // that part of it is where writers are slowed down
+#define BACKGROUND_SHARE 2 // of the memory, and no more than
+#define BACKGROUND_MAX_BYTES (128 * MiB)
+#define SOFT_SHARE 4 // that part of it is where writers are slowed down
 
 static int check(const struct image *image, const struct io *io, uint32_t sector_bytes, struct err *err)
 {
@@ -74,7 +75,8 @@ int writeback_create(struct writeback **out, struct device *dev, const struct wr
     if (delalloc_create(&wb->delalloc, &wb->cache, map, image->is_block_device ? -1 : image->fd,
                         wb->device_bytes, options->unit_bytes) < 0)
         goto out_cache;
-    wb->background_pages = max_of(wb->cache.nr_frames / BACKGROUND_SHARE, 1U);
+    wb->background_pages = wb->cache.nr_frames / BACKGROUND_SHARE;
+    wb->background_pages = max_of(1U, min_of(wb->background_pages, BACKGROUND_MAX_BYTES / CACHE_PAGE_BYTES));
     wb->soft_pages = wb->cache.nr_frames - wb->cache.nr_frames / SOFT_SHARE;
     flusher_init(wb);
     // Its last write may be none of whole blocks, also while the device is frozen (D2 in io/direct.c).
