@@ -26,6 +26,7 @@ static const char attach_help[] =
     "  --name NAME          of the device (default: the file's, without its ending; NAME-2... when taken)\n"
     "  --json               print name, pid, device and URIs, for programs\n"
     "  --metrics ADDR       counters for Prometheus by HTTP on HOST:PORT or unix:PATH\n"
+    "  --partscan           /dev/loopNpM for the partitions, where the device is a loop device\n"
     "  --foreground         do not go to the background; for systemd and its like\n"
     OPTIONS_HELP
     "\n"
@@ -38,15 +39,17 @@ struct attach {
     struct state state;
     struct transport_holds holds;
     int metrics_fd;
+    const char *node_path; // of the FUSE file to put a loop device on
 };
 
 // The background process may outlive the directory it was started in, and must not depend on it.
 static const char *absolute_addr(const struct attach *attach, const char *addr)
 {
-    const char *path = !strncmp(addr, "unix:", 5) ? addr + 5 : NULL;
+    bool is_unix = !strncmp(addr, "unix:", 5);
+    const char *path = is_unix ? addr + 5 : addr;
     char *absolute;
 
-    if (!path || path[0] == '/' || asprintf(&absolute, "unix:%s/%s", attach->cwd, path) < 0)
+    if (path[0] == '/' || asprintf(&absolute, "%s%s/%s", is_unix ? "unix:" : "", attach->cwd, path) < 0)
         return addr;
     return absolute; // as long as the process
 }
@@ -68,10 +71,17 @@ static int attach_resolve(struct attach *attach, struct err *err)
     if (!getcwd(attach->cwd, sizeof(attach->cwd)))
         strcpy(attach->cwd, "/");
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
-        for (unsigned j = 0; j < options->addrs[i].nr_addrs; j++)
-            options->addrs[i].addrs[j] = absolute_addr(attach, options->addrs[i].addrs[j]);
+        bool is_path =
+            transport_table[i] == &fuse_transport_ops || transport_table[i] == &vhost_user_transport_ops;
+
+        for (unsigned j = 0; j < options->addrs[i].nr_addrs; j++) {
+            const char **addr = &options->addrs[i].addrs[j];
+
+            if (is_path || !strncmp(*addr, "unix:", 5))
+                *addr = absolute_addr(attach, *addr);
+        }
     }
-    if (options->metrics)
+    if (options->metrics && !strncmp(options->metrics, "unix:", 5))
         options->metrics = absolute_addr(attach, options->metrics);
     return 0;
 }
@@ -98,46 +108,80 @@ static int attach_claim(struct attach *attach, struct err *err)
     return ret;
 }
 
-// None was named: NBD in the run directory.
-static int attach_choose(struct attach *attach, struct err *err)
+static int attach_hold_one(struct attach *attach, const struct transport_ops *ops, const char *addr,
+                           struct err *err)
 {
     struct options *options = &attach->options;
-    char *addr;
+    struct transport_addrs *addrs = NULL;
+    int ret;
 
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
-        if (options->addrs[i].nr_addrs)
-            return 0;
+        if (transport_table[i] == ops)
+            addrs = &options->addrs[i];
     }
-    if (getenv("LISTEN_FDS"))
-        return 0;
-    if (asprintf(&addr, "unix:%s/nbd", attach->state.path) < 0)
+    addrs->addrs[addrs->nr_addrs++] = addr;
+    ret = options_hold(options, &attach->holds, err);
+    if (ret < 0)
+        addrs->nr_addrs--;
+    return ret;
+}
+
+// None was named: the best that can be had. A block device, for root; a file; NBD in the run directory.
+static int attach_choose(struct attach *attach, struct err *err)
+{
+    bool is_root = !geteuid();
+    char *file, *nbd;
+    int ret;
+
+    if (asprintf(&file, "%s/data", attach->state.path) < 0 ||
+        asprintf(&nbd, "unix:%s/nbd", attach->state.path) < 0) // both as long as the process
         return err_set(err, -ENOMEM, "out of memory");
-    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
-        if (transport_table[i] == &nbd_transport_ops)
-            options->addrs[i].addrs[options->addrs[i].nr_addrs++] = addr;
+    if (is_root && !access("/dev/ublk-control", R_OK | W_OK)) {
+        ret = attach_hold_one(attach, &ublk_transport_ops, "", err);
+        if (!ret)
+            return 0;
+        log_verbose("%s; trying FUSE", err->line);
     }
-    return 0;
+    if (!access("/dev/fuse", R_OK | W_OK)) {
+        ret = attach_hold_one(attach, &fuse_transport_ops, file, err);
+        if (!ret && is_root && !access("/dev/loop-control", R_OK | W_OK))
+            attach->node_path = file;
+        if (!ret)
+            return 0;
+        log_verbose("%s; trying NBD", err->line);
+    }
+    return attach_hold_one(attach, &nbd_transport_ops, nbd, err);
+}
+
+static bool attach_has_transport(const struct options *options)
+{
+    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
+        if (options->addrs[i].nr_addrs)
+            return true;
+    }
+    return getenv("LISTEN_FDS");
 }
 
 static int attach_hold(struct attach *attach, struct err *err)
 {
-    int ret = attach_choose(attach, err);
+    int ret;
 
     attach->metrics_fd = -1;
-    if (ret < 0)
-        return ret;
-    ret = options_hold(&attach->options, &attach->holds, err);
+    if (attach_has_transport(&attach->options))
+        ret = options_hold(&attach->options, &attach->holds, err);
+    else
+        ret = attach_choose(attach, err);
     if (ret < 0)
         return ret;
     if (!attach->holds.nr_holds)
-        return err_usage(err, "attach: no transport; use --nbd, or none for the default");
-    if (!attach->options.metrics)
-        return 0;
-    attach->metrics_fd = http_listen(attach->options.metrics, err);
-    if (attach->metrics_fd >= 0)
-        return 0;
-    transports_release(&attach->holds);
-    return attach->metrics_fd;
+        ret = err_usage(err, "attach: no transport; use --nbd, or none for the default");
+    else if (attach->options.is_partscan && !attach->node_path)
+        ret = err_usage(err, "--partscan: is for the loop device of a plain attach by root; leave it out");
+    else if (attach->options.metrics)
+        ret = attach->metrics_fd = http_listen(attach->options.metrics, err);
+    if (ret < 0)
+        transports_release(&attach->holds);
+    return ret;
 }
 
 // Everything from the name on, in the process that stays. answer_fd: see supervisor.h; -1: stdout and stderr
@@ -166,24 +210,30 @@ static int attach_run(struct attach *attach, int answer_fd)
         if (chdir("/") < 0)
             log_verbose("chdir: %s", strerror(errno));
     }
-    ret = supervisor_run(&(struct supervisor_options){
-        .worker = {.device = options->device,
-                   .names = names,
-                   .images = options->images,
-                   .nr_images = 1,
-                   .ring_name = options->ring_name,
-                   .nr_workers = options->nr_workers,
-                   .max_connections = options->max_connections},
-        .holds = &attach->holds,
-        .dir = &attach->state,
-        .answer_fd = answer_fd,
-        .is_json = options->is_json,
-        .metrics_fd = attach->metrics_fd,
-    });
-    transports_release(&attach->holds);
+    ret = supervisor_run(
+        &(struct supervisor_options){
+            .worker = {.device = options->device,
+                       .names = names,
+                       .images = options->images,
+                       .nr_images = 1,
+                       .ring_name = options->ring_name,
+                       .nr_workers = options->nr_workers,
+                       .max_connections = options->max_connections},
+            .holds = &attach->holds,
+            .dir = &attach->state,
+            .answer_fd = answer_fd,
+            .is_json = options->is_json,
+            .metrics_fd = attach->metrics_fd,
+            .node_path = attach->node_path,
+            .is_partscan = options->is_partscan,
+        },
+        &err);
     state_remove(&attach->state);
-    return ret < 0 ? CLI_ERROR : CLI_OK;
+    if (!ret)
+        return CLI_OK;
 out:
+    if (!err.line[0])
+        return CLI_ERROR;
     supervisor_tell(answer_fd, err.is_usage ? '?' : '-', err.line);
     return err.is_usage ? CLI_USAGE : CLI_ERROR;
 }

@@ -33,6 +33,7 @@ enum {
     OPT_JSON,
     OPT_FOREGROUND,
     OPT_METRICS,
+    OPT_PARTSCAN,
 };
 
 #define OPTIONS_BOTH (OPTIONS_SERVE | OPTIONS_ATTACH)
@@ -64,6 +65,7 @@ static const struct {
     {{"ring", required_argument, NULL, OPT_RING}, OPTIONS_BOTH},
     {{"json", no_argument, NULL, OPT_JSON}, OPTIONS_ATTACH},
     {{"foreground", no_argument, NULL, OPT_FOREGROUND}, OPTIONS_ATTACH},
+    {{"partscan", no_argument, NULL, OPT_PARTSCAN}, OPTIONS_ATTACH},
     {{"metrics", required_argument, NULL, OPT_METRICS}, OPTIONS_ATTACH},
     {{"verbose", no_argument, NULL, 'v'}, OPTIONS_BOTH},
     {{"help", no_argument, NULL, 'h'}, OPTIONS_BOTH},
@@ -171,6 +173,9 @@ static int options_take(struct options *options, int option, const char *arg, st
         return 0;
     case OPT_FOREGROUND:
         options->is_foreground = true;
+        return 0;
+    case OPT_PARTSCAN:
+        options->is_partscan = true;
         return 0;
     case OPT_METRICS:
         options->metrics = arg;

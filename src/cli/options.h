@@ -49,7 +49,7 @@ struct options {
     const char **names, **images; // room for all arguments, as in addrs
     unsigned nr_names, nr_images;
     // bight attach only.
-    bool is_json, is_foreground;
+    bool is_json, is_foreground, is_partscan;
     const char *metrics;
 };
 

@@ -14,6 +14,8 @@
 
 #include "util/util.h"
 
+#define REMOVE_TRIES 100
+#define REMOVE_PAUSE_US 20000
 #define MAX_NUMBER 1000000       // NAME-2...
 #define MAX_FILE_BYTES (1 << 20) // of state_read()
 
@@ -221,9 +223,15 @@ void state_remove(const struct state *state)
         lock(base_fd, LOCK_EX); // Y2
     // Only if it is the same one still.
     if (dir && !fstat(state->fd, &ours) && !stat(state->path, &there) && ours.st_ino == there.st_ino) {
-        while ((entry = readdir(dir)))
-            unlinkat(state->fd, entry->d_name, 0);
-        rmdir(state->path);
+        // A file that is mounted on is about to be unmounted (transport/fuse/mount.c, M1).
+        for (unsigned i = 0; i < REMOVE_TRIES; i++) {
+            while ((entry = readdir(dir)))
+                unlinkat(state->fd, entry->d_name, 0);
+            if (!rmdir(state->path) || (errno != ENOTEMPTY && errno != EBUSY))
+                break;
+            usleep(REMOVE_PAUSE_US);
+            rewinddir(dir);
+        }
     }
     if (dir)
         closedir(dir);

@@ -50,7 +50,7 @@ struct supervisor {
     pid_t pid;      // 0: there is none
     int channel_fd; // messages come from there
     int guard_fd;   // P3: at its end when the last ring has gone; -1
-    bool is_stopping, is_ready, is_over, has_answered;
+    bool is_stopping, is_ready, is_over;
     int answer_fd;
     int ret;
     struct err err; // what it has said last
@@ -113,11 +113,27 @@ static void worker_asked_to_stop(struct control *control)
     worker_stop(control->worker);
 }
 
+// Now it can be used: by the node, or, where there is none to be had, without.
+static void worker_has_node(void *arg, int error, const struct err *err)
+{
+    struct attached *attached = arg;
+    struct message message = {.kind = MESSAGE_READY};
+
+    if (error < 0)
+        log_line("%s", err->line);
+    if (attached->control.node.device[0]) {
+        snprintf(message.text, sizeof(message.text), "%s", attached->control.node.device);
+        snprintf(attached->supervisor->facts.device, CONTROL_DEVICE_BYTES, "%s",
+                 attached->control.node.device);
+    }
+    control_start(&attached->control);
+    send_message(attached->channel_fd, &message, -1);
+}
+
 static int worker_ready(struct worker *worker, struct err *err)
 {
     struct attached *attached = worker->options->arg;
     const struct supervisor_options *options = attached->supervisor->options;
-    struct message message = {.kind = MESSAGE_READY};
     int ret;
 
     attached->control = (struct control){
@@ -134,10 +150,43 @@ static int worker_ready(struct worker *worker, struct err *err)
         if (ret < 0)
             return ret;
     }
-    control_start(&attached->control);
     send_image(attached, worker->devs[0]);
-    send_message(attached->channel_fd, &message, -1);
+    attached->control.node = (struct node){
+        .ring = worker->ring,
+        .nr_pending = &worker->nr_pending,
+        .path = options->node_path,
+        .options = {.is_read_only = worker->devs[0]->image->is_read_only,
+                    .is_partscan = options->is_partscan,
+                    .block_bytes = options->worker.device.block_bytes},
+    };
+    // The worker before this one has put it there.
+    if (options->node_path && !strncmp(attached->supervisor->facts.device, "/dev/loop", 9))
+        snprintf(attached->control.node.device, LOOP_DEVICE_BYTES, "%.31s",
+                 attached->supervisor->facts.device);
+    else if (options->node_path) {
+        node_do(&attached->control.node, NODE_ATTACH, worker_has_node, attached);
+        return 0;
+    }
+    worker_has_node(attached, 0, NULL);
     return 0;
+}
+
+static void worker_has_let_go(void *arg, int error, const struct err *err)
+{
+    if (error < 0)
+        log_line("%s", err->line);
+    worker_go_on_stopping(arg);
+}
+
+// The kernel flushes the node while we still serve what is below it.
+static bool worker_before_stop(struct worker *worker)
+{
+    struct attached *attached = worker->options->arg;
+
+    if (!attached->control.node.device[0])
+        return false;
+    node_do(&attached->control.node, NODE_DETACH_LAZY, worker_has_let_go, worker);
+    return true;
 }
 
 static void worker_stopping(struct worker *worker)
@@ -151,6 +200,19 @@ static void worker_stopping(struct worker *worker)
         http_stop(attached->http);
 }
 
+// A loop device of a worker that could not take it off goes when nobody has it open.
+static void supervisor_release(struct supervisor *supervisor)
+{
+    const struct supervisor_options *options = supervisor->options;
+    const char *device = supervisor->facts.device;
+    struct err err = {.line = ""};
+
+    transports_release(options->holds);
+    if (options->node_path && node_is_there(device, options->node_path) &&
+        loop_detach(device, true, &err) < 0)
+        log_line("%s", err.line);
+}
+
 static void worker_stopped(struct worker *worker, int error, const struct err *err)
 {
     struct attached *attached = worker->options->arg;
@@ -161,7 +223,7 @@ static void worker_stopped(struct worker *worker, int error, const struct err *e
     control_end(&attached->control, error, err);
     if (getppid() == supervisor->facts.supervisor_pid)
         return;
-    transports_release(supervisor->options->holds); // P5
+    supervisor_release(supervisor); // P5
     state_remove(supervisor->options->dir);
 }
 
@@ -203,13 +265,9 @@ void supervisor_tell(int fd, char kind, const char *text)
         log_line("%s", text);
 }
 
-// Once.
-static void supervisor_answer(struct supervisor *supervisor, char kind, const char *text)
+static void supervisor_answer(struct supervisor *supervisor, const char *text)
 {
-    if (supervisor->has_answered)
-        return;
-    supervisor->has_answered = true;
-    supervisor_tell(supervisor->answer_fd, kind, text);
+    supervisor_tell(supervisor->answer_fd, '+', text);
     if (supervisor->answer_fd >= 0)
         close(supervisor->answer_fd);
     supervisor->answer_fd = -1;
@@ -274,10 +332,9 @@ static void supervisor_ready(struct supervisor *supervisor, const struct message
     supervisor->is_ready = true;
     notify_send("READY=1");
     object = control_describe(&supervisor->facts, "running", NULL);
-    supervisor_answer(supervisor, '+',
-                      supervisor->options->is_json
-                          ? json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN)
-                          : supervisor->facts.device);
+    supervisor_answer(supervisor, supervisor->options->is_json
+                                      ? json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN)
+                                      : supervisor->facts.device);
     json_object_put(object);
 }
 
@@ -341,7 +398,7 @@ static void supervisor_give_up(struct supervisor *supervisor, const char *why)
 {
     snprintf(supervisor->facts.reason, sizeof(supervisor->facts.reason), "%s", why);
     log_line("%s: %s; given up: detach it, and attach it again", supervisor->options->dir->name, why);
-    transports_release(supervisor->options->holds); // P4
+    supervisor_release(supervisor); // P4
     if (supervisor->image_fd >= 0)
         close(supervisor->image_fd);
     supervisor->image_fd = -1;
@@ -438,7 +495,6 @@ static void supervisor_bury(struct supervisor *supervisor)
         if (!supervisor->err.line[0])
             err_set(&supervisor->err, -EIO, "%s: %s", supervisor->options->dir->name,
                     supervisor->facts.reason);
-        supervisor_answer(supervisor, supervisor->err.is_usage ? '?' : '-', supervisor->err.line);
     } else if (WIFEXITED(status)) { // it knows why it cannot go on
         supervisor_give_up(supervisor,
                            supervisor->err.line[0] ? supervisor->err.line : supervisor->facts.reason);
@@ -519,7 +575,7 @@ static int supervisor_listen(struct supervisor *supervisor)
     return supervisor->listen_fd < 0 ? supervisor->listen_fd : 0;
 }
 
-int supervisor_run(const struct supervisor_options *options)
+int supervisor_run(const struct supervisor_options *options, struct err *err)
 {
     struct supervisor supervisor = {
         .options = options,
@@ -542,6 +598,7 @@ int supervisor_run(const struct supervisor_options *options)
     prctl(PR_SET_NAME, title);
     supervisor.worker.holds = options->holds;
     supervisor.worker.ready = worker_ready;
+    supervisor.worker.before_stop = worker_before_stop;
     supervisor.worker.stopping = worker_stopping;
     supervisor.worker.stopped = worker_stopped;
     supervisor.worker.committed = worker_committed;
@@ -552,11 +609,15 @@ int supervisor_run(const struct supervisor_options *options)
     if (!ret)
         ret = supervisor_start_worker(&supervisor);
     if (ret < 0) {
-        supervisor_answer(&supervisor, '-', supervisor.err.line);
+        supervisor_release(&supervisor);
+        *err = supervisor.err;
         return ret;
     }
     supervisor_loop(&supervisor);
-    if (supervisor.ret < 0 && supervisor.is_ready && supervisor.err.line[0])
+    supervisor_release(&supervisor);
+    if (!supervisor.is_ready)
+        *err = supervisor.err;
+    else if (supervisor.ret < 0 && supervisor.err.line[0])
         log_line("%s", supervisor.err.line);
     return supervisor.ret;
 }

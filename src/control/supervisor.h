@@ -18,15 +18,17 @@ struct supervisor_options {
     struct worker_options worker; // of one image; holds is what the supervisor holds
     struct transport_holds *holds;
     struct state *dir;
-    int answer_fd;       // for supervisor_tell()
-    bool is_json;        // that line is JSON
-    const char *metrics; // ADDR to serve them on, or NULL
-    int metrics_fd;      // that listens there, or -1
+    int answer_fd;         // for supervisor_tell()
+    bool is_json;          // that line is JSON
+    int metrics_fd;        // that listens for who wants them, or -1
+    const char *node_path; // a FUSE file to put a loop device on, or NULL
+    bool is_partscan;      // of that
 };
 
 // Tells who waits for the device: on fd, the device behind a '+', or what is wrong behind a '-' or (usage) a
 // '?'. fd -1: on stdout and stderr, as it is.
 void supervisor_tell(int fd, char kind, const char *text);
 
-// Serves until the device is detached. 0 or a negative errno; what is wrong has been answered or logged.
-int supervisor_run(const struct supervisor_options *options);
+// Serves until the device is detached, and releases the holds. 0 or a negative errno with err set; where
+// that is empty, it has been logged, and answer_fd was told of a device before.
+int supervisor_run(const struct supervisor_options *options, struct err *err);

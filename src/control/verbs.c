@@ -157,21 +157,36 @@ struct verb_change {
     struct device_change change;
     struct control *control;
     struct server_conn *conn;
+    bool is_set; // the node on top has nothing to do with it
+    enum node_op node_op;
 };
+
+static void verb_told(void *arg, int error, const struct err *err)
+{
+    struct verb_change *verb = arg;
+    struct control *control = verb->control;
+
+    server_reply(verb->conn,
+                 error < 0 ? NULL
+                           : control_describe(control->facts, control_state_name(control), control->worker),
+                 err);
+    free(verb);
+}
 
 static void verb_changed(struct device_change *change, int error)
 {
     struct verb_change *verb = container_of(change, struct verb_change, change);
     struct control *control = verb->control;
 
-    if (!error) {
-        transports_device_changed(&control->worker->transports, change->dev);
-        server_reply(verb->conn,
-                     control_describe(control->facts, control_state_name(control), control->worker), NULL);
-    } else {
-        server_reply(verb->conn, NULL, &change->err);
+    if (error < 0) {
+        verb_told(verb, error, &change->err);
+        return;
     }
-    free(verb);
+    transports_device_changed(&control->worker->transports, change->dev);
+    if (verb->is_set)
+        verb_told(verb, 0, NULL);
+    else
+        node_do(&control->node, verb->node_op, verb_told, verb);
 }
 
 static struct verb_change *verb_change(struct control *control, struct server_conn *conn)
@@ -206,6 +221,7 @@ static void verb_set(struct control *control, struct server_conn *conn, struct j
 
     if (!verb)
         return;
+    verb->is_set = true;
     if (json_object_object_get_ex(request, "settings", &settings) &&
         json_object_is_type(settings, json_type_object)) {
         json_object_object_foreach(settings, key, value)
@@ -232,6 +248,7 @@ static void verb_switch(struct control *control, struct server_conn *conn, struc
 
     if (!verb)
         return;
+    verb->node_op = NODE_REREAD;
     if (!json_object_object_get_ex(request, "image", &image) ||
         !json_object_is_type(image, json_type_string) || json_object_get_string(image)[0] != '/') {
         err_usage(&verb->change.err, "switch: no image is named; use its absolute path");
@@ -248,11 +265,19 @@ static void verb_resize(struct control *control, struct server_conn *conn, struc
     struct verb_change *verb = verb_change(control, conn);
 
     (void)request;
-    if (verb)
-        device_change_start(&verb->change);
+    if (!verb)
+        return;
+    verb->node_op = NODE_RESIZE;
+    device_change_start(&verb->change);
 }
 
 // ---- detach
+
+struct verb_detach {
+    struct control *control;
+    struct server_conn *conn;
+    bool is_lazy, is_forced;
+};
 
 static void control_detach(struct control *control, struct server_conn *conn)
 {
@@ -266,17 +291,63 @@ static void control_detach(struct control *control, struct server_conn *conn)
 static void lazy_look(struct ring_op *op, int res)
 {
     struct control *control = container_of(op, struct control, lazy_op);
+    const struct node *node = &control->node;
     struct err err;
 
     (void)res;
     if (control->state != CONTROL_RUNS)
         return;
-    if (transports_busy(&control->worker->transports, &err) < 0) {
+    if (transports_busy(&control->worker->transports, &err) < 0 ||
+        (node->device[0] && node_is_there(node->device, node->path))) {
         op->timeout_ns = LAZY_NS;
         ring_queue(control->server.ring, op);
     } else {
         control_detach(control, NULL);
     }
+}
+
+// The kernel lets go of the node at its last close; we do after that.
+static void detach_begun_lazily(void *arg, int error, const struct err *err)
+{
+    struct verb_detach *verb = arg;
+    struct control *control = verb->control;
+
+    if (error < 0) {
+        server_reply(verb->conn, NULL, err);
+    } else {
+        if (!control->is_lazy) {
+            control->is_lazy = true;
+            control->lazy_op =
+                (struct ring_op){.done = lazy_look, .code = RING_TIMEOUT, .timeout_ns = LAZY_NS};
+            ring_queue(control->server.ring, &control->lazy_op);
+        }
+        server_reply(verb->conn,
+                     control_describe(control->facts, control_state_name(control), control->worker), NULL);
+    }
+    free(verb);
+}
+
+// Nobody uses the node any more, or err says who does.
+static void detach_tried(void *arg, int error, const struct err *err)
+{
+    struct verb_detach *verb = arg;
+    struct control *control = verb->control;
+    struct err refused = {.line = ""};
+
+    if (control->state != CONTROL_RUNS) { // it stops already
+        err_set(&refused, -EBUSY, "%s: is stopping", control->facts->dir->name);
+        server_reply(verb->conn, NULL, &refused);
+    } else if (!error || verb->is_forced) {
+        control_detach(control, verb->conn);
+    } else if (verb->is_lazy && error == -EBUSY) {
+        node_do(&control->node, NODE_DETACH_LAZY, detach_begun_lazily, verb);
+        return;
+    } else {
+        err_set(&refused, error, "%s: %.400s%s", control->facts->dir->name, err->line,
+                strchr(err->line, ';') ? "" : "; wait for its end, or use --lazy or --force");
+        server_reply(verb->conn, NULL, &refused);
+    }
+    free(verb);
 }
 
 static bool asks_for(struct json_object *request, const char *flag)
@@ -288,25 +359,25 @@ static bool asks_for(struct json_object *request, const char *flag)
 
 static void verb_detach(struct control *control, struct server_conn *conn, struct json_object *request)
 {
-    struct err busy = {.line = ""}, err = {.line = ""};
-    int ret = control->worker ? transports_busy(&control->worker->transports, &busy) : 0;
+    struct verb_detach *verb;
+    struct err err = {.line = "out of memory"};
+    int ret;
 
-    if (!ret || asks_for(request, "force")) {
+    if (!control->worker) {
         control_detach(control, conn);
         return;
     }
-    if (!asks_for(request, "lazy")) {
-        err_set(&err, ret, "%s: %.400s; wait for its end, or use --lazy or --force",
-                control->facts->dir->name, busy.line);
+    verb = calloc(1, sizeof(*verb));
+    if (!verb) {
         server_reply(conn, NULL, &err);
         return;
     }
-    if (!control->is_lazy) {
-        control->is_lazy = true;
-        control->lazy_op = (struct ring_op){.done = lazy_look, .code = RING_TIMEOUT, .timeout_ns = LAZY_NS};
-        ring_queue(control->server.ring, &control->lazy_op);
-    }
-    server_reply(conn, control_describe(control->facts, control_state_name(control), control->worker), NULL);
+    *verb = (struct verb_detach){control, conn, asks_for(request, "lazy"), asks_for(request, "force")};
+    ret = transports_busy(&control->worker->transports, &err);
+    if (ret < 0)
+        detach_tried(verb, ret, &err);
+    else
+        node_do(&control->node, NODE_DETACH, detach_tried, verb);
 }
 
 // ---- The table

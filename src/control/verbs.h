@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include "control/node.h"
 #include "control/server.h"
 #include "control/state.h"
 #include "transport/transport.h"
@@ -34,6 +35,7 @@ struct control {
     enum control_state state;
     const struct control_facts *facts;
     struct worker *worker;                 // GAVE_UP: NULL
+    struct node node;                      // with a worker
     void (*stop)(struct control *control); // detach: it may end now
     struct server_conn *detaching;         // who waits for the end
     struct ring_op lazy_op;                // --lazy: looks again

@@ -133,14 +133,20 @@ static int worker_loop(struct worker *worker, struct err *err)
     return 0;
 }
 
+void worker_go_on_stopping(struct worker *worker)
+{
+    if (worker->options->stopping)
+        worker->options->stopping(worker);
+    transports_stop(&worker->transports);
+}
+
 void worker_stop(struct worker *worker)
 {
     if (worker->is_stopping)
         return;
     worker->is_stopping = true;
-    if (worker->options->stopping)
-        worker->options->stopping(worker);
-    transports_stop(&worker->transports);
+    if (!worker->options->before_stop || !worker->options->before_stop(worker))
+        worker_go_on_stopping(worker);
 }
 
 static int worker_start(struct worker *worker, struct err *err)

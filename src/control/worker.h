@@ -21,6 +21,8 @@ struct worker_options {
     // All on the main thread. Optional. What is asked for is served from now on; what it begins on the
     // ring is over when worker->nr_pending is 0. 0, or a negative errno with err set: it ends.
     int (*ready)(struct worker *worker, struct err *err);
+    // Optional. Before anything stops: true when worker_go_on_stopping() will be called.
+    bool (*before_stop)(struct worker *worker);
     // Optional. It has begun to stop.
     void (*stopping)(struct worker *worker);
     // Optional. All is over and written out, or error says what was not. No ring any more.
@@ -51,3 +53,4 @@ int worker_run(const struct worker_options *options, struct err *err);
 
 // Main thread.
 void worker_stop(struct worker *worker);
+void worker_go_on_stopping(struct worker *worker);

@@ -45,7 +45,7 @@ class Devices:
         self.assertEqual(self.list(), {})
         self.assertEqual(os.listdir(self.run_dir), [])
         self.assertEqual(harness.read_file(image)[:M], b"\7" * M)
-        self.assertFalse(alive(shown["pid"]) or alive(shown["worker_pid"]))
+        harness.wait_until(lambda: not alive(shown["pid"]) and not alive(shown["worker_pid"]), "the end of both")
 
     def test_without_a_transport_one_is_chosen(self):
         image = self.image(harness.pattern(64 * K))
@@ -232,8 +232,6 @@ class Changes(Attached):
                 self.assertEqual(self.bight("resize", "disk"), str(2 * self.SIZE))
                 os.truncate(self.disk, self.SIZE)
                 self.assertEqual(self.bight("resize", "disk"), str(self.SIZE))
-        with Load(self.uri, "1m", extra=("--offset=4m",)):
-            pass
         # The load verifies what it has written: the images have to be the same where it does.
         with Load(self.uri, "1m", extra=("--do_verify=0", "--verify=0")):
             for _ in range(harness.rounds(6)):
@@ -381,7 +379,7 @@ class Deaths(Attached):
         self.assertEqual(self.show("disk")["state"], "unsupervised")
         self.bight("detach", "disk")
         self.assertEqual(os.listdir(self.run_dir), [])
-        self.assertFalse(alive(shown["worker_pid"]))
+        harness.wait_until(lambda: not alive(shown["worker_pid"]), "the end of the worker")
 
     def test_both_are_killed(self):
         shown = self.show("disk")

@@ -312,6 +312,10 @@ out_guard:
 
 void fuse_release(struct transport_hold *hold)
 {
+    if (hold->fd < 0) { // M1: the guard is at it, or was killed as well
+        mount_undo(hold->addr);
+        return;
+    }
     close(hold->fd);
     guard_end(hold);
 }

@@ -523,8 +523,14 @@ static void ublk_device_changed(struct transport *transport, struct device *dev)
     }
 }
 
+static void ublk_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes)
+{
+    snprintf(uri, uri_bytes, "/dev/ublkb%u", (unsigned)hold->facts[FACT_ID]);
+}
+
 const struct transport_ops ublk_transport_ops = {
     .name = "ublk",
+    .uri = ublk_uri,
     .hold = ublk_hold,
     .release = ublk_release,
     .start = ublk_start,

@@ -1,0 +1,98 @@
+#include "control/node.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "util/util.h"
+
+struct node_work {
+    struct ring_op op;
+    struct node *node;
+    enum node_op what;
+    char device[LOOP_DEVICE_BYTES];
+    struct err err;
+    void (*done)(void *arg, int error, const struct err *err);
+    void *arg;
+};
+
+static int node_reread(const char *device, struct err *err)
+{
+    int fd = open(device, O_RDONLY | O_CLOEXEC), ret;
+
+    if (fd < 0)
+        return err_set(err, -errno, "%s: %s", device, strerror(errno));
+    ret = ioctl(fd, BLKFLSBUF) < 0 ? err_set(err, -errno, "%s: its cache: %s", device, strerror(errno)) : 0;
+    close(fd);
+    return ret;
+}
+
+static int node_work(struct ring_op *op)
+{
+    struct node_work *work = container_of(op, struct node_work, op);
+    struct stat st;
+
+    switch (work->what) {
+    case NODE_ATTACH:
+        return loop_attach(work->device, work->node->path, &work->node->options, &work->err);
+    case NODE_RESIZE:
+        (void)!stat(work->node->path, &st); // the kernel asks us for the size
+        return loop_resize(work->device, &work->err);
+    case NODE_REREAD:
+        return node_reread(work->device, &work->err);
+    default:
+        return loop_detach(work->device, work->what == NODE_DETACH_LAZY, &work->err);
+    }
+}
+
+static void node_work_done(struct ring_op *op, int res)
+{
+    struct node_work *work = container_of(op, struct node_work, op);
+    struct node *node = work->node;
+
+    if (work->what == NODE_ATTACH && !res)
+        memcpy(node->device, work->device, sizeof(node->device));
+    if (work->what == NODE_DETACH && !res)
+        node->device[0] = '\0';
+    --*node->nr_pending;
+    work->done(work->arg, res, &work->err);
+    free(work);
+}
+
+void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int error, const struct err *err),
+             void *arg)
+{
+    struct node_work *work;
+
+    if (op != NODE_ATTACH && !node->device[0]) {
+        done(arg, 0, NULL);
+        return;
+    }
+    work = calloc(1, sizeof(*work));
+    if (!work) {
+        done(arg, -ENOMEM, &(struct err){.line = "out of memory"});
+        return;
+    }
+    work->op = (struct ring_op){.done = node_work_done, .code = RING_CALL, .call = node_work};
+    work->node = node;
+    work->what = op;
+    work->done = done;
+    work->arg = arg;
+    memcpy(work->device, node->device, sizeof(work->device));
+    ++*node->nr_pending;
+    ring_queue(node->ring, &work->op);
+}
+
+bool node_is_there(const char *device, const char *path)
+{
+    char backing[PATH_MAX];
+
+    // "PATH (deleted)" where the mount has gone.
+    return !loop_backing_file(device, backing, sizeof(backing)) && !strncmp(backing, path, strlen(path));
+}

@@ -1,0 +1,235 @@
+#!/usr/bin/python3
+"""What a plain bight attach gives: a loop device on a FUSE file for root, the file for others; file systems on it."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import harness
+from attached import Attached, alive
+from harness import K, M
+
+NOBODY = 65534
+
+
+def loops_work():
+    return os.access("/dev/fuse", os.W_OK) and os.access("/dev/loop-control", os.W_OK)
+
+
+def digest(folder):
+    """Of every file of a tree, by path."""
+    sums = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                sums[os.path.relpath(path, folder)] = hashlib.sha256(harness.read_file(path)).hexdigest()
+    return sums
+
+
+def churn(folder, count):
+    """A load of metadata: makes, renames, links, truncates and removes."""
+    for i in range(count):
+        base = os.path.join(folder, f"d{i % 7}")
+        os.makedirs(base, exist_ok=True)
+        path = os.path.join(base, f"f{i}")
+        harness.write_file(path, harness.pattern(i * 37 % 9000, i))
+        if i % 3 == 0:
+            os.rename(path, path + ".moved")
+        elif i % 3 == 1:
+            os.link(path, path + ".link")
+        if i % 5 == 4:
+            shutil.rmtree(os.path.join(folder, f"d{(i + 3) % 7}"), ignore_errors=True)
+
+
+@unittest.skipUnless(os.geteuid() == 0 and loops_work(), "needs root, /dev/fuse and loop devices")
+class Loop(Attached):
+    def mounted(self, device, kind, options=""):
+        return self.enterContext(harness.mounted(device, kind, options))
+
+    def attach_loop(self, *args):
+        device = self.attach(*args)
+        if not device.startswith("/dev/loop"):
+            self.skipTest(f"another kind of device is preferred here: {device}")
+        return device
+
+    def formatted(self, kind, size=320 * M):
+        if not harness.have(harness.MKFS[kind][0]):
+            self.skipTest(f"not installed: {harness.MKFS[kind][0]}")
+        image = self.image(size=size)
+        harness.run(*harness.MKFS[kind], image)
+        return image
+
+    def fsck(self, kind, image):
+        harness.run(*{"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f")}[kind], image)
+
+    def check_filesystem(self, kind):
+        image, tree = self.formatted(kind), self.path("tree")
+        os.mkdir(tree)
+        churn(tree, 120)
+        device = self.attach_loop(image)
+        with harness.mounted(device, kind) as point:
+            harness.run("tar", "-C", tree, "-cf", os.path.join(point, "tree.tar"), ".")
+            os.mkdir(os.path.join(point, "copy"))
+            harness.run("tar", "-C", os.path.join(point, "copy"), "-xf", os.path.join(point, "tree.tar"))
+            churn(os.path.join(point), 200)
+            expected = digest(point)
+            self.bight("detach", "disk", status=1)
+            self.assertIn(f"mounted on {point}", self.stderr)
+        with harness.mounted(device, kind) as point:  # nothing of it is in a cache
+            self.assertEqual(digest(point), expected)
+            self.assertEqual(digest(os.path.join(point, "copy")), digest(tree))
+        self.bight("detach", device)
+        self.fsck(kind, image)
+
+    def test_ext4(self):
+        self.check_filesystem("ext4")
+
+    def test_xfs(self):
+        self.check_filesystem("xfs")
+
+    @harness.need("fio")
+    def test_fio_verifies_on_the_device(self):
+        device = self.attach_loop(self.image(size=64 * M))
+        for depth in (1, 32):
+            harness.run("fio", "--name=v", f"--filename={device}", "--ioengine=libaio", "--direct=1", "--rw=randrw",
+                        "--bsrange=4k-64k", f"--iodepth={depth}", "--size=16m", "--verify=crc32c", "--verify_fatal=1")
+
+    def test_kills_of_the_worker_under_load_lose_nothing_that_was_flushed(self):
+        """Twenty, over some devices: one gives up at the fifth in a minute."""
+        for _ in range(1 if harness.QUICK else 5):
+            image = self.formatted("ext4", 64 * M)
+            device = self.attach_loop(image)
+            with harness.mounted(device, "ext4") as point:
+                flushed = {}
+                for number in range(4):
+                    path = os.path.join(point, f"f{number}")
+                    flushed[path] = harness.pattern(512 * K, number)
+                    fd = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
+                    os.write(fd, flushed[path])
+                    os.fsync(fd)
+                    os.close(fd)
+                    writer = subprocess.Popen(["dd", "if=/dev/zero", f"of={point}/busy", "bs=64k", "count=200",
+                                               "oflag=direct"], stderr=subprocess.DEVNULL)
+                    self.kill_worker("disk")
+                    self.assertEqual(writer.wait(harness.PATIENCE), 0)
+                harness.run("umount", point)
+                harness.run("mount", device, point)
+                for path, data in flushed.items():
+                    self.assertTrue(harness.read_file(path) == data)
+            self.bight("detach", "disk")
+            self.fsck("ext4", image)
+            os.unlink(image)
+
+    def test_read_only(self):
+        image = self.formatted("ext4", 64 * M)
+        device = self.attach_loop(image, "--read-only")
+        self.mounted_ro = self.enterContext(harness.mounted(device, "ext4", "ro"))
+        self.assertIn("lost+found", os.listdir(self.mounted_ro))
+        with self.assertRaises(OSError):
+            os.write(os.open(device, os.O_RDWR), bytes(512))
+
+    @harness.need("sfdisk")
+    def test_partitions(self):
+        image = self.image(size=64 * M)
+        harness.run("sfdisk", "-q", image, input="2048,65536\n", stdin=None)
+        with harness.loop_device(0, backing=image, options=("--partscan",)) as plain:
+            if not os.path.exists(f"/sys/block/{os.path.basename(plain)}/{os.path.basename(plain)}p1"):
+                self.skipTest("this kernel finds no partitions on loop devices")
+        device = self.attach_loop(image, "--partscan")
+        name = f"{os.path.basename(device)}p1"
+        harness.wait_until(lambda: os.path.exists(f"/sys/block/{os.path.basename(device)}/{name}"), name)
+        with open(f"/sys/block/{os.path.basename(device)}/{name}/size") as file:
+            self.assertEqual(file.read().strip(), "65536")
+        self.attach(self.image(size=M, name="x.img"), "--partscan", "--nbd", f"unix:{self.sock('x')}", status=2)
+
+    def test_resize(self):
+        image = self.formatted("xfs")
+        device = self.attach_loop(image)
+        with harness.mounted(device, "xfs") as point:
+            os.truncate(image, 400 * M)
+            self.assertEqual(self.bight("resize", "disk"), str(400 * M))
+            self.assertEqual(harness.run("blockdev", "--getsize64", device).stdout.strip(), str(400 * M))
+            harness.run("xfs_growfs", point)
+            self.assertGreater(os.statvfs(point).f_blocks * os.statvfs(point).f_frsize, 320 * M)
+        self.bight("detach", "disk")
+        self.fsck("xfs", image)
+
+    def test_a_switch_shows_the_other_contents(self):
+        first, second = (self.image(harness.pattern(M, seed), name=f"{seed}.img") for seed in (1, 2))
+        device = self.attach_loop(first, "--name", "disk")
+        self.assertTrue(harness.read_file(device) == harness.pattern(M, 1))
+        self.bight("switch", "disk", second)
+        self.assertTrue(harness.read_file(device) == harness.pattern(M, 2))
+
+    def test_lazy_detach_waits_for_the_unmount(self):
+        device = self.attach_loop(self.formatted("ext4", 64 * M))
+        with harness.mounted(device, "ext4") as point:
+            self.bight("detach", "--lazy", "disk")
+            harness.write_file(os.path.join(point, "file"), b"still there")
+            self.assertEqual(self.list()["disk"]["state"], "detaching")
+        harness.wait_until(lambda: not os.listdir(self.run_dir), "the lazy detach")
+
+    def test_supervisor_and_worker_are_killed_and_nothing_is_stuck(self):
+        for both in (False, True):
+            device = self.attach_loop(self.formatted("ext4", 64 * M))
+            shown = self.show("disk")
+            self.kill(*[shown["pid"]] + [shown["worker_pid"]] * both)
+            self.bight("detach", "disk")
+            self.assertEqual(os.listdir(self.run_dir), [])
+            with open("/proc/mounts") as mounts:
+                self.assertNotIn(self.run_dir, mounts.read())
+            harness.wait_until(lambda: not self.is_ours(device), "the end of the loop device")
+
+    def is_ours(self, device):
+        try:
+            with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file") as file:
+                return self.run_dir in file.read()
+        except FileNotFoundError:
+            return False
+
+    def test_sigterm_takes_all_of_it_down(self):
+        device = self.attach_loop(self.image(size=M))
+        os.kill(self.show("disk")["pid"], signal.SIGTERM)
+        harness.wait_until(lambda: not os.listdir(self.run_dir), "the end")
+        self.assertFalse(self.is_ours(device))
+
+    def test_several_transports_at_once(self):
+        uri = self.attach(self.image(harness.pattern(64 * K)), "--nbd", f"unix:{self.sock('n')}", "--fuse",
+                          self.path("file"))
+        self.assertIn("nbd+unix", uri)
+        self.assertTrue(harness.read_file(self.path("file")) == harness.pattern(64 * K))
+        self.assertEqual(len(self.show("disk")["transports"]), 2)
+
+
+@unittest.skipUnless(os.geteuid() == 0 and os.access("/dev/fuse", os.W_OK) and harness.have("fusermount3"),
+                     "needs root to become another user, and fusermount3")
+class OtherUser(Attached):
+    uid = NOBODY
+
+    def test_a_file_without_privileges(self):
+        image = self.image(harness.pattern(256 * K))
+        os.chmod(image, 0o666)
+        path = self.attach(image)
+        if path.startswith("nbd"):
+            self.skipTest("other users cannot use /dev/fuse here")
+        as_user = self.as_user()
+        harness.run(*as_user, "cmp", path, image)
+        harness.run(*as_user, "dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=4", "conv=notrunc,fsync")
+        self.assertEqual(harness.read_file(image)[:16 * K + 1], bytes(16 * K) + harness.pattern(256 * K)[16 * K:16 * K + 1])
+        self.kill_worker("disk")
+        harness.run(*as_user, "cmp", path, image)
+        self.bight("detach", "disk")
+        with open("/proc/mounts") as mounts:
+            self.assertNotIn(self.run_dir, mounts.read())
+
+
+if __name__ == "__main__":
+    unittest.main()
