@@ -13,7 +13,7 @@ static const char set_help[] =
     "\n"
     "  readonly=on|off      refuse every write, or take them again\n"
     "  io=IO                direct, buffered, or fault:SPEC\n"
-    "  map=MAP              linear\n"
+    "  map=MAP              linear or fastfs\n"
     "  writeback=SIZE       cache writes and allocate late: on, off, or a size\n"
     "  -h, --help\n"
     "\n"
