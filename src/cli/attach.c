@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <json-c/json.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +35,8 @@ static const char attach_help[] =
 // clang-format on
 
 struct attach {
+    char **argv;
+    int argc;
     struct options options;
     char image[PATH_MAX], cwd[PATH_MAX];
     struct state state;
@@ -184,6 +187,22 @@ static int attach_hold(struct attach *attach, struct err *err)
     return ret;
 }
 
+// For bight recover.
+static void attach_remember(const struct attach *attach)
+{
+    struct json_object *object = json_object_new_object(), *argv = json_object_new_array();
+    int ret;
+
+    for (int i = 0; i < attach->argc; i++)
+        json_object_array_add(argv, json_object_new_string(attach->argv[i]));
+    json_object_object_add(object, "cwd", json_object_new_string(attach->cwd));
+    json_object_object_add(object, "argv", argv);
+    ret = state_write(&attach->state, "command", json_object_to_json_string(object));
+    if (ret < 0)
+        log_line("%s: %s; bight recover will not know it", attach->state.path, strerror(-ret));
+    json_object_put(object);
+}
+
 // Everything from the name on, in the process that stays. answer_fd: see supervisor.h; -1: stdout and stderr
 // are those of who asked.
 static int attach_run(struct attach *attach, int answer_fd)
@@ -202,6 +221,7 @@ static int attach_run(struct attach *attach, int answer_fd)
         state_remove(&attach->state);
         goto out;
     }
+    attach_remember(attach);
     if (!options->is_foreground) {
         int log_fd = openat(attach->state.fd, "log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 
@@ -295,6 +315,8 @@ static int attach_main(int argc, char **argv)
         log_line("out of memory");
         return CLI_ERROR;
     }
+    attach->argv = argv;
+    attach->argc = argc;
     ret = options_parse(&attach->options, OPTIONS_ATTACH, argc, argv, &err);
     if (ret == 1) {
         fputs(attach_help, stdout);

@@ -11,7 +11,7 @@ struct cli_command {
 extern const struct cli_command cli_serve;
 extern const struct cli_command cli_map;
 extern const struct cli_command cli_attach, cli_list, cli_show, cli_set, cli_switch, cli_resize, cli_detach,
-    cli_stats;
+    cli_recover, cli_stats;
 
 // Exit statuses.
 enum {

@@ -124,13 +124,13 @@ class Map(unittest.TestCase):
 
 
 # Options of other commands that a page speaks of
-ELSEWHERE = {"switch": {"--offset", "--size-limit"}, "list": {"--lazy"}}
+ELSEWHERE = {"switch": {"--offset", "--size-limit"}, "list": {"--lazy"}, "recover": {"--ublk"}}
 
 
 class Attached(unittest.TestCase):
     """The commands for attached devices."""
 
-    COMMANDS = ("attach", "list", "show", "set", "switch", "resize", "detach", "stats")
+    COMMANDS = ("attach", "list", "show", "set", "switch", "resize", "detach", "recover", "stats")
 
     def test_man_pages_have_every_option_and_no_other(self):
         for command in self.COMMANDS:
@@ -182,7 +182,7 @@ class Overview(unittest.TestCase):
 class Completion(unittest.TestCase):
     def test_words(self):
         for line, words in (
-            ("bight ser", "serve"), ("bight help ", "attach list show set switch resize detach stats serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
+            ("bight ser", "serve"), ("bight help ", "attach list show set switch resize detach recover stats serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
             ("bight serve --io ", "direct buffered null fault:"), ("bight serve --io b", "buffered"),
             ("bight serve --io=b", "buffered"), ("bight serve --map ", "linear fastfs"), ("bight serve --format ", "raw"),
             ("bight serve --ring ", "auto uring threads"), ("bight serve --block-size ", "512 1024 2048 4096"),

@@ -30,6 +30,7 @@ static struct fake {
     uint64_t features;
     bool is_old;       // knows no GET_FEATURES
     bool is_there;     // the device
+    bool is_user;      // makes the caller one without privileges
     unsigned nr_busy;  // START_USER_RECOVERY says so this often
     enum ublk_cmd bad; // this command fails
     int bad_ret, open_ret;
@@ -180,6 +181,8 @@ static int fake_send(struct ublk_ctrl *ctrl, uint32_t cmd_op, const struct ublk_
         fake_log(nr);
     if (nr == fake.bad)
         return fake.bad_ret;
+    if (nr == UBLK_ADD_DEV && fake.is_user && !(info->flags & UBLK_F_UNPRIVILEGED_DEV))
+        return -EPERM;
     switch (nr) {
     case UBLK_ADD_DEV:
         if (fake.is_there)
@@ -522,8 +525,10 @@ static void a_device_of_a_user_is_named_by_its_path(void **state)
     struct session session;
 
     fake_init(state);
-    assert_int_equal(hold(&session, "", false), 0);
-    fake.info.flags |= UBLK_F_UNPRIVILEGED_DEV;
+    fake.is_user = true;
+    assert_int_equal(hold(&session, "", true), 0);
+    assert_int_equal(fake.info.flags & (UBLK_F_UNPRIVILEGED_DEV | UBLK_F_USER_RECOVERY),
+                     UBLK_F_UNPRIVILEGED_DEV);
     assert_int_equal(start(&session, &stored), 0);
     assert_true(fake.nr_paths >= 3);
     assert_int_equal(fake.params.basic.dev_sectors, 4 * MiB / 512); // came behind the path

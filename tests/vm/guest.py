@@ -1,8 +1,8 @@
 """A Linux guest in QEMU, for what the kernel of this machine lacks: ublk, the nbd driver, a virtio disk.
 
 A test names the kernel modules and the programs that it needs; both go into an initramfs with busybox, and the guest
-is up in a few seconds without KVM, which may be there and not work. The kernel comes from Debian's archive (apt-get download), once, into
-~/.cache/bight/vm. What cannot be had skips the test and says why.
+is up in a few seconds without KVM, which may be there and not work. The kernel comes from Debian's archive (apt-get
+download), once, into ~/.cache/bight/vm. What cannot be had skips the test and says why.
 
     with Guest(modules=["nbd"], programs=[BIGHT, "mkfs.ext4"]) as guest:
         guest.run("mkfs.ext4 -q /dev/nbd0")           # its output; AssertionError unless it ends with 0
@@ -338,7 +338,8 @@ class Guest:
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for line in lines:
             number, status, *output = line.decode().split(" ")
-            self.answers[int(number)] = (int(status), base64.b64decode(output[0] if output else "").decode(errors="replace"))
+            text = base64.b64decode(output[0] if output else "").decode(errors="replace")
+            self.answers[int(number)] = (int(status), text)
         return True
 
     def start(self, script):

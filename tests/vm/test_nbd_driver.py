@@ -8,7 +8,9 @@ serve() {
     bight serve --nbd unix:/tmp/sock "$@" /tmp/disk.img 2>/tmp/bight.err & echo $! >/tmp/pid
     until [ -S /tmp/sock ]; do kill -0 $! || { cat /tmp/bight.err; return 1; }; sleep 0.02; done
 }
-attach() { nbd-client -unix /tmp/sock /dev/nbd0 -b 512 "$@" >/tmp/nbd-client.out 2>&1 || { cat /tmp/nbd-client.out; exit 1; }; }
+attach() {
+    nbd-client -unix /tmp/sock /dev/nbd0 -b 512 "$@" >/tmp/nbd-client.out 2>&1 || { cat /tmp/nbd-client.out; exit 1; }
+}
 load() {
     tar -C / -cf - usr/bin busybox | tar -C /mnt -xf -
     dd if=/dev/urandom of=/mnt/random bs=64k count=100 2>/dev/null

@@ -59,7 +59,8 @@ class TestUblk(UblkCase):
         guest.run(f"""{SERVE}
             serve 0 /tmp/disk.img
             fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite \
-                --bsrange=4k-256k --iodepth=32 --size=48m --verify=crc32c --verify_fatal=1 --do_verify=1 --verify_state_save=0 >/tmp/fio 2>&1 ||
+                --bsrange=4k-256k --iodepth=32 --size=48m --verify=crc32c --verify_fatal=1 --do_verify=1 \
+                --verify_state_save=0 >/tmp/fio 2>&1 ||
                 {{ cat /tmp/fio; exit 1; }}
             stop 0""", timeout=200)
 
@@ -88,7 +89,8 @@ class TestUblk(UblkCase):
         guest.run(f"""{SERVE}
             used() {{ sync; du -k /tmp/disk.img | cut -f 1; }}
             serve 0 /tmp/disk.img
-            xs() { dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' x >/tmp/x; for i in $(seq 16); do cat /tmp/x; done; }
+            dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' x >/tmp/x
+            xs() {{ for i in $(seq 16); do cat /tmp/x; done; }}
             xs | dd of=/dev/ublkb0 bs=1M iflag=fullblock oflag=direct 2>/dev/null
             [ $(used) -ge 16384 ]
             blkdiscard -o 0 -l 8M /dev/ublkb0; [ $(used) -le 8192 ]; cmp -n 8388608 /dev/ublkb0 /dev/zero
@@ -120,6 +122,26 @@ class TestUblk(UblkCase):
             [ "$(dd if=/dev/ublkb8 bs=1 count=1 2>/dev/null)" = 2 ]
             stop 7; [ ! -e /dev/ublkc8 ]""")
 
+    @need("setpriv")
+    def test_without_privileges(self):
+        guest = self.boot("setpriv", size="8M")
+        guest.run(f"""{SERVE}
+            chmod 666 /dev/ublk-control; chown 1000:1000 /tmp/disk.img
+            cat >/tmp/user <<"END"
+. /tmp/serve; serve 0 /tmp/disk.img; until [ -w /dev/ublkb0 ]; do sleep 0.02; done
+dd if=/dev/urandom of=/dev/ublkb0 bs=64k count=16 oflag=direct 2>/dev/null; stop 0
+END
+            cat >/tmp/serve <<'END'
+{SERVE}
+END
+            for kind in c b; do # what udev rules would do
+                (until [ -e /dev/ublk${{kind}}0 ]; do sleep 0.02; done; sleep 0.2
+                    chown 1000:1000 /dev/ublk${{kind}}0) &
+            done
+            setpriv --reuid 1000 --regid 1000 --clear-groups sh -eu /tmp/user
+            ! dd if=/dev/zero bs=64k count=16 2>/dev/null | cmp -s - /tmp/disk.img
+            wait""")
+
     def test_refusals(self):
         guest = self.boot()
         output = guest.run(f"""{SERVE}
@@ -129,7 +151,8 @@ class TestUblk(UblkCase):
             serve 0 /tmp/disk.img
             bight serve --ublk=0 /tmp/two.img || echo $?
             [ "$(ls /dev/ublkc*)" = /dev/ublkc0 ]""")
-        self.assertRegex(output, "x: no device number.*\n2\n(.*\n)*.*needs io_uring.*\n2\n(.*\n)*.*device 0 is in use.*\n1\n")
+        self.assertRegex(output, "x: no device number.*\n2\n(.*\n)*.*needs io_uring.*\n2\n(.*\n)*"
+                                 ".*device 0 is in use.*\n1\n")
 
     def test_killed_server(self):
         """Nobody starts another one: requests fail, nothing hangs, and all can be made again."""
@@ -179,3 +202,78 @@ class TestUblk(UblkCase):
             n=0; while [ $n -lt 200 ]; do
                 serve 0 --depth 8 /tmp/disk.img; dd if=/dev/ublkb0 of=/dev/null bs=64k 2>/dev/null; stop 0; n=$((n + 1))
             done""", timeout=600)
+
+
+class TestAttached(UblkCase):
+    """With a supervisor: a worker that dies is followed by another one, and nobody notices."""
+    def boot(self, *programs, **options):
+        guest = super().boot("mkfs.ext4", "e2fsck", *programs, **options)
+        guest.run("mkdir /run/bight")
+        return guest
+
+    def test_attach_list_detach(self):
+        guest = self.boot()
+        output = guest.run("""
+            d=$(bight attach /tmp/disk.img); echo $d; bight list; bight show disk --json >/dev/null
+            mkfs.ext4 -q $d; mount $d /mnt; echo hello >/mnt/hello
+            bight detach disk || echo $?
+            umount /mnt; bight detach disk; [ ! -e $d ]; [ ! -e /dev/ublkc0 ]
+            [ "$(bight attach --ublk=7 --name other /tmp/disk.img)" = /dev/ublkb7 ]
+            mount /dev/ublkb7 /mnt; [ "$(cat /mnt/hello)" = hello ]; umount /mnt; bight detach /dev/ublkb7
+            [ -z "$(bight list)" ]""")
+        self.assertRegex(output, r"^/dev/ublkb0\n(.*\n)*disk +running +.*/dev/ublkb0 ")
+        self.assertRegex(output, r"ublkb0: is mounted on /mnt; unmount it first.*\n1\n")
+
+    def test_killed_workers(self):
+        """In the middle of I/O, some times over: fio finds every block as it wrote it."""
+        guest = self.boot("fio", memory=768)
+        guest.run("bight attach /tmp/disk.img")
+        job = guest.start("""
+            fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k \\
+                --iodepth=32 --size=64m --io_size=192m --verify=crc32c --verify_fatal=1 --do_verify=1 \\
+                --verify_state_save=0 2>&1""")
+        guest.run("""
+            until [ $(awk '{print $7}' /sys/block/ublkb0/stat) -gt 0 ]; do sleep 0.02; done
+            for i in 1 2 3 4; do
+                pid=$(bight show disk --json | sed -n 's/.*"worker_pid": *\\([0-9]*\\).*/\\1/p'); kill -9 $pid
+                until bight show disk --json 2>/dev/null | grep -q '"restarts": *'$i; do sleep 0.05; done
+            done""")
+        self.assertFalse(job.is_done(), "it was over before the last kill")
+        status, output = job.wait()
+        self.assertEqual(status, 0, output)
+        guest.run("bight detach disk; [ ! -e /dev/ublkc0 ]")
+
+    def test_killed_supervisor_and_worker(self):
+        guest = self.boot()
+        guest.run("""
+            bight attach --name one /tmp/disk.img; mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt
+            echo before >/mnt/before; sync""")
+        load = guest.start("""for i in 1 2 3 4 5 6; do
+            dd if=/dev/zero of=/mnt/big bs=64k count=300 conv=fsync 2>&1; done""")
+        guest.run("""
+            until [ -e /mnt/big ]; do sleep 0.02; done
+            show=$(bight show one --json)
+            for key in pid worker_pid; do
+                kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
+            done
+            until bight list | grep -q dead; do sleep 0.05; done
+            bight recover; bight list | grep -q running""")
+        status, output = load.wait()
+        self.assertEqual(status, 0, output)
+        guest.run("""
+            [ "$(cat /mnt/before)" = before ]; umount /mnt; e2fsck -fn /dev/ublkb0; bight detach one
+            [ ! -e /dev/ublkc0 ]""")
+
+    def test_dead_device_is_detached(self):
+        """Who waits for it gets errors, and goes on."""
+        guest = self.boot()
+        guest.run("""
+            bight attach --name one /tmp/disk.img
+            show=$(bight show one --json)
+            for key in pid worker_pid; do
+                kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
+            done
+            until bight list | grep -q dead; do sleep 0.05; done""")
+        reader = guest.start("dd if=/dev/ublkb0 of=/dev/null bs=4k count=1 iflag=direct")
+        guest.run("bight detach one; while [ -e /dev/ublkc0 ]; do sleep 0.02; done; [ -z \"$(bight list)\" ]")
+        self.assertNotEqual(reader.wait()[0], 0)

@@ -89,12 +89,13 @@ static int send_with_path(struct ublk_ctrl *ctrl, uint32_t cmd_op, struct ublk_c
 
     ublk_ctrl_path(buf, 'c', ctrl->id);
     path_bytes = strlen(buf) + 1;
-    memcpy(buf + path_bytes, payload ? payload : "", payload_bytes);
+    if (payload)
+        memcpy(buf + path_bytes, payload, payload_bytes);
     cmd->addr = (uintptr_t)buf;
     cmd->len = (uint16_t)(path_bytes + payload_bytes);
     cmd->dev_path_len = (uint16_t)path_bytes;
     ret = ublk_kernel->send(ctrl, cmd_op, cmd);
-    if (payload_bytes)
+    if (payload)
         memcpy(payload, buf + path_bytes, payload_bytes);
     return ret;
 }
@@ -161,7 +162,7 @@ int ublk_ctrl_find(struct ublk_ctrl *ctrl, uint32_t id, struct ublk_dev_info *in
 
     ctrl->id = id;
     ret = ublk_ctrl_send(ctrl, UBLK_GET_DEV_INFO2, info, sizeof(*info), 0);
-    if (ret < 0 && ret != -ENODEV)
+    if (ret == -EINVAL || ret == -EOPNOTSUPP) // before 6.5
         ret = ublk_ctrl_send(ctrl, UBLK_GET_DEV_INFO, info, sizeof(*info), 0);
     if (ret < 0)
         return ret;

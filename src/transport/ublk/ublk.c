@@ -5,7 +5,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <mntent.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -23,7 +25,7 @@
 
 #define UBLK_MAGIC 0x7468676962ULL // in ublksrv_flags: the device is one of bight's
 // The kernel has to notice that a worker is dead, and to take its rings apart.
-#define TAKE_OVER_TIMEOUT_NS (30 * NSEC_PER_SEC)
+#define TAKE_OVER_TIMEOUT_NS (20 * NSEC_PER_SEC)
 #define TRY_AGAIN_NS 2000000
 #define STOP_AGAIN_NS 50000000
 // One request each: what a file system does in a moment, what may have to be written out.
@@ -58,6 +60,11 @@ static int hold_find_or_add(struct ublk_ctrl *ctrl, struct ublk_dev_info *info, 
     struct ublk_dev_info found;
     int ret = ublk_ctrl_add(ctrl, info);
 
+    if (ret == -EPERM) { // no CAP_SYS_ADMIN; the kernel has recovery for root only
+        info->flags |= UBLK_F_UNPRIVILEGED_DEV;
+        info->flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE);
+        ret = ublk_ctrl_add(ctrl, info);
+    }
     if (ret == -EEXIST && !ublk_ctrl_find(ctrl, id, &found) && found.ublksrv_flags == UBLK_MAGIC) {
         // One of ours that a dead supervisor has left behind is taken over, with all that waits for it;
         if (found.state == UBLK_QUIESCED) {
@@ -106,8 +113,6 @@ static int ublk_hold(struct transport_hold *hold, const struct transport_hold_op
     info.flags = ctrl.features & (UBLK_F_CMD_IOCTL_ENCODE | UBLK_F_UPDATE_SIZE);
     if (options->is_supervised)
         info.flags |= UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE;
-    if (geteuid())
-        info.flags |= UBLK_F_UNPRIVILEGED_DEV;
     ret = hold_find_or_add(&ctrl, &info, err);
     ublk_ctrl_close(&ctrl);
     if (ret < 0)
@@ -290,6 +295,10 @@ static int disk_take_over(struct ublk_disk *disk, bool *is_recovery)
 
     do {
         ret = ublk_ctrl_find(&disk->ctrl, disk->ctrl.id, &disk->info);
+        if (ret == -EACCES || ret == -ENOENT) { // udev has not got to /dev/ublkcN yet
+            nap();
+            continue;
+        }
         if (ret < 0)
             return ret;
         *is_recovery = disk->info.state == UBLK_QUIESCED;
@@ -302,7 +311,7 @@ static int disk_take_over(struct ublk_disk *disk, bool *is_recovery)
         }
         nap();
     } while (util_now_ns() < until_ns);
-    return -EBUSY;
+    return ret < 0 ? ret : -EBUSY;
 }
 
 // udev may not have got there yet, nor the kernel with the file of a worker before us.
@@ -502,6 +511,53 @@ static void ublk_stop(struct transport *transport)
     }
 }
 
+static void ublk_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes)
+{
+    char path[UBLK_PATH_BYTES];
+
+    ublk_ctrl_path(path, 'b', (uint32_t)hold->facts[FACT_ID]);
+    snprintf(uri, uri_bytes, "%s", path);
+}
+
+// Where the device or a partition of it is mounted.
+static bool find_mount(const char *path, char *where, size_t where_bytes)
+{
+    FILE *mounts = setmntent("/proc/self/mounts", "re");
+    size_t len = strlen(path);
+    struct mntent *entry;
+    bool is_found = false;
+
+    while (mounts && !is_found && (entry = getmntent(mounts))) {
+        is_found = !strncmp(entry->mnt_fsname, path, len) && strchr("p", entry->mnt_fsname[len]);
+        if (is_found)
+            snprintf(where, where_bytes, "%s", entry->mnt_dir);
+    }
+    if (mounts)
+        endmntent(mounts);
+    return is_found;
+}
+
+// Who has it for himself: a mount, device-mapper, swap.
+static int ublk_busy(struct transport *transport, struct err *err)
+{
+    struct ublk_server *server = container_of(transport, struct ublk_server, transport);
+
+    for (unsigned i = 0; i < server->nr_disks; i++) {
+        char path[UBLK_PATH_BYTES], where[256];
+        int fd;
+
+        ublk_ctrl_path(path, 'b', server->disks[i].ctrl.id);
+        fd = open(path, O_RDONLY | O_EXCL | O_NONBLOCK | O_CLOEXEC);
+        if (fd >= 0)
+            close(fd);
+        else if (errno == EBUSY && find_mount(path, where, sizeof(where)))
+            return err_set(err, -EBUSY, "%s: is mounted on %s; unmount it first", path, where);
+        else if (errno == EBUSY)
+            return err_set(err, -EBUSY, "%s: is in use; see lsblk %s for who has it", path, path);
+    }
+    return 0;
+}
+
 static void ublk_device_changed(struct transport *transport, struct device *dev)
 {
     struct ublk_server *server = container_of(transport, struct ublk_server, transport);
@@ -523,18 +579,14 @@ static void ublk_device_changed(struct transport *transport, struct device *dev)
     }
 }
 
-static void ublk_uri(const struct transport_hold *hold, char *uri, unsigned uri_bytes)
-{
-    snprintf(uri, uri_bytes, "/dev/ublkb%u", (unsigned)hold->facts[FACT_ID]);
-}
-
 const struct transport_ops ublk_transport_ops = {
     .name = "ublk",
-    .uri = ublk_uri,
     .hold = ublk_hold,
     .release = ublk_release,
     .start = ublk_start,
     .stop = ublk_stop,
     .destroy = ublk_destroy,
+    .uri = ublk_uri,
+    .busy = ublk_busy,
     .device_changed = ublk_device_changed,
 };
