@@ -411,7 +411,9 @@ static void try_again(struct fastfs *fastfs)
 static void lose(struct fastfs *fastfs)
 {
     log_verbose("%s: fastfs: %s", fastfs->map.image->path, not_alone);
+    pthread_mutex_lock(&fastfs->lock);
     fastfs->status.nr_lease_breaks++;
+    pthread_mutex_unlock(&fastfs->lock);
     leave(fastfs, not_alone);
     fastfs->retry_ns = RETRY_MIN_NS;
 }
@@ -451,7 +453,7 @@ static void stop(struct ring_op *op, int res)
 {
     struct fastfs *fastfs = container_of(op, struct fastfs, stop_op);
 
-    (void)res;
+    fastfs->is_ending = res;
     ring_cancel_timeout(fastfs->ring, &fastfs->tick_op);
     fastfs->is_stopped = true;
     if (fastfs->is_in)
@@ -511,7 +513,7 @@ void *fastfs_keeper(void *arg)
     sem_post(&fastfs->sem);
     if (ret < 0)
         return NULL;
-    while (!fastfs->is_ending || !fastfs->is_stopped) {
+    while (!fastfs->is_ending) {
         ret = ring_run(fastfs->ring);
         if (ret < 0) {
             log_line("%s: fastfs: %s; cannot go on", fastfs->map.image->path, strerror(-ret));

@@ -194,8 +194,7 @@ out_device:
 
 static void stop(struct fastfs *fastfs, bool is_ending)
 {
-    fastfs->is_ending = is_ending;
-    ring_post(fastfs->ring, &fastfs->stop_op, 0);
+    ring_post(fastfs->ring, &fastfs->stop_op, is_ending);
     while (sem_wait(&fastfs->sem) < 0)
         ; // EINTR
 }
