@@ -43,18 +43,33 @@ struct attach {
     struct transport_holds holds;
     int metrics_fd;
     const char *node_path; // of the FUSE file to put a loop device on
+    char **texts;          // that were made, to be freed
+    unsigned nr_texts;
 };
 
+// "BASE/NAME", or NULL: no memory. It lives as long as attach.
+static const char *attach_path(struct attach *attach, const char *prefix, const char *base, const char *name)
+{
+    char **texts = realloc(attach->texts, (attach->nr_texts + 1) * sizeof(*texts)), *text;
+
+    if (!texts)
+        return NULL;
+    attach->texts = texts;
+    if (asprintf(&text, "%s%s/%s", prefix, base, name) < 0)
+        return NULL;
+    return texts[attach->nr_texts++] = text;
+}
+
 // The background process may outlive the directory it was started in, and must not depend on it.
-static const char *absolute_addr(const struct attach *attach, const char *addr)
+static const char *absolute_addr(struct attach *attach, const char *addr)
 {
     bool is_unix = !strncmp(addr, "unix:", 5);
-    const char *path = is_unix ? addr + 5 : addr;
-    char *absolute;
+    const char *path = is_unix ? addr + 5 : addr, *absolute;
 
-    if (path[0] == '/' || asprintf(&absolute, "%s%s/%s", is_unix ? "unix:" : "", attach->cwd, path) < 0)
+    if (path[0] == '/')
         return addr;
-    return absolute; // as long as the process
+    absolute = attach_path(attach, is_unix ? "unix:" : "", attach->cwd, path);
+    return absolute ? absolute : addr;
 }
 
 static int attach_resolve(struct attach *attach, struct err *err)
@@ -133,11 +148,11 @@ static int attach_hold_one(struct attach *attach, const struct transport_ops *op
 static int attach_choose(struct attach *attach, struct err *err)
 {
     bool is_root = !geteuid();
-    char *file, *nbd;
+    const char *file = attach_path(attach, "", attach->state.path, "data");
+    const char *nbd = attach_path(attach, "unix:", attach->state.path, "nbd");
     int ret;
 
-    if (asprintf(&file, "%s/data", attach->state.path) < 0 ||
-        asprintf(&nbd, "unix:%s/nbd", attach->state.path) < 0) // both as long as the process
+    if (!file || !nbd)
         return err_set(err, -ENOMEM, "out of memory");
     if (is_root && !access("/dev/ublk-control", R_OK | W_OK)) {
         ret = attach_hold_one(attach, &ublk_transport_ops, "", err);
@@ -332,6 +347,9 @@ static int attach_main(int argc, char **argv)
     status = attach->options.is_foreground ? attach_run(attach, -1) : attach_background(attach);
 out:
     options_free(&attach->options);
+    while (attach->nr_texts)
+        free(attach->texts[--attach->nr_texts]);
+    free(attach->texts);
     free(attach);
     return status;
 }

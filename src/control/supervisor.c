@@ -396,8 +396,11 @@ static bool supervisor_receive(struct supervisor *supervisor)
 
 static void supervisor_give_up(struct supervisor *supervisor, const char *why)
 {
-    snprintf(supervisor->facts.reason, sizeof(supervisor->facts.reason), "%s", why);
-    log_line("%s: %s; given up: detach it, and attach it again", supervisor->options->dir->name, why);
+    char reason[sizeof(supervisor->facts.reason)]; // why may be the one before
+
+    snprintf(reason, sizeof(reason), "%s", why);
+    memcpy(supervisor->facts.reason, reason, sizeof(reason));
+    log_line("%s: %s; given up: detach it, and attach it again", supervisor->options->dir->name, reason);
     supervisor_release(supervisor); // P4
     if (supervisor->image_fd >= 0)
         close(supervisor->image_fd);

@@ -227,10 +227,12 @@ static void verb_set(struct control *control, struct server_conn *conn, struct j
         json_object_object_foreach(settings, key, value)
         {
             nr++;
-            if (device_change_set(&verb->change, key, json_object_get_string(value)) < 0) {
-                verb_change_refused(verb);
-                return;
-            }
+            if (!json_object_is_type(value, json_type_string))
+                err_usage(&verb->change.err, "set: %.100s: its value is no string", key);
+            else if (device_change_set(&verb->change, key, json_object_get_string(value)) == 0)
+                continue;
+            verb_change_refused(verb);
+            return;
         }
     }
     if (!nr) {
