@@ -112,6 +112,8 @@ int main(int argc, char **argv)
     static const char *const specs[] = {"io=buffered,seed=7,after=100", "read.error=0.5:ENOSPC,write.torn=1",
                                         "any.error=0.01,any.delay=0.25:10", "read.short=0.5,write.short=1e-3",
                                         "flush.error=1:EIO,discard.error=0,write_zeroes.delay=1:0"};
+    static const char *const requests[] = {"{\"bight\":1,\"verb\":\"show\"}",
+                                           "{\"bight\":1,\"verb\":\"set\",\"settings\":{\"io\":\"direct\"}}"};
 
     if (argc != 3)
         return 2;
@@ -122,6 +124,8 @@ int main(int argc, char **argv)
         seed_text("options", numbers[i]);
     for (unsigned i = 0; i < ARRAY_SIZE(specs); i++)
         seed_text("fault_spec", specs[i]);
+    for (unsigned i = 0; i < ARRAY_SIZE(requests); i++)
+        seed_text("control", requests[i]);
     seed_handshakes();
     seed_streams();
     if (!is_failed)
