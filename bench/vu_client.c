@@ -128,7 +128,8 @@ static int set_fd(struct vuc *vuc, uint32_t request, uint32_t index, int fd)
 static int negotiate(struct vuc *vuc)
 {
     uint64_t offered;
-    struct vu_config config = {.size = sizeof(struct virtio_blk_config)};
+    // What every back-end has: secure erase came later.
+    struct vu_config config = {.size = offsetof(struct virtio_blk_config, max_secure_erase_sectors)};
     uint32_t bytes = offsetof(struct vu_config, payload) + config.size;
     int ret = get_u64(vuc, VU_GET_FEATURES, &offered);
 
@@ -152,7 +153,7 @@ static int negotiate(struct vuc *vuc)
     ret = vuc_message(vuc, VU_GET_CONFIG, &config, bytes, NULL, 0, &config, sizeof(config), NULL);
     if (ret < 0)
         return ret;
-    memcpy(&vuc->config, config.payload, sizeof(vuc->config));
+    memcpy(&vuc->config, config.payload, config.size);
     return set_u64(vuc, VU_SET_FEATURES, vuc->features);
 }
 
