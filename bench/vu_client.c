@@ -507,7 +507,7 @@ static bool wants_kick(struct vuc_queue *queue)
 {
     uint16_t old = queue->kicked, new = queue->avail, nr = queue->nr_unkicked, flags, off_wrap, event;
 
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    __sync_synchronize();
     queue->kicked = new;
     queue->nr_unkicked = 0;
     if (!queue->is_packed) {
@@ -606,7 +606,7 @@ bool vuc_arm(struct vuc_queue *queue)
     } else {
         release16(&queue->avail_ring->flags, 0);
     }
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    __sync_synchronize();
     if (!has_used(queue))
         return true;
     return false;

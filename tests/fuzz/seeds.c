@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include "../unit/wire.h"
+#include "transport/vhost_user/proto.h"
 #include "util/util.h"
 
 static const char *corpus;
@@ -105,6 +106,43 @@ static void seed_streams(void)
     wire_free(&wire);
 }
 
+// A guest's memory (see fuzz_vhost_user.c) with one request of each kind, and one message behind it.
+static void seed_vhost_user(void)
+{
+    static const uint32_t types[] = {VIRTIO_BLK_T_IN,     VIRTIO_BLK_T_OUT,     VIRTIO_BLK_T_FLUSH,
+                                     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES};
+    static const uint8_t message[] = {VU_GET_VRING_BASE, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0};
+
+    for (uint8_t choice = 2; choice < 8; choice++) { // with the messages that set up a queue
+        for (unsigned i = 0; i < ARRAY_SIZE(types); i++) {
+            bool is_in = types[i] == VIRTIO_BLK_T_IN || types[i] == VIRTIO_BLK_T_GET_ID;
+            uint64_t header_at = 0x10400, data_at = 0x10600, status_at = 0x10420;
+            uint8_t bytes[3 + 0x800 + sizeof(message)] = {choice, 0x08, 0x00}, *memory = bytes + 3;
+            struct vring_desc split[3] = {{header_at, 16, VRING_DESC_F_NEXT, 1},
+                                          {data_at, is_in ? 512 : 16, VRING_DESC_F_NEXT, 2},
+                                          {status_at, 1, VRING_DESC_F_WRITE, 0}};
+            struct vring_packed_desc packed[3] = {{header_at, 16, 0, VRING_DESC_F_NEXT | 0x80},
+                                                  {data_at, is_in ? 512 : 16, 0, VRING_DESC_F_NEXT | 0x80},
+                                                  {status_at, 1, 7, VRING_DESC_F_WRITE | 0x80}};
+
+            if (types[i] == VIRTIO_BLK_T_OUT)
+                split[1].len = packed[1].len = 512;
+            split[1].flags |= is_in ? VRING_DESC_F_WRITE : 0;
+            packed[1].flags |= is_in ? VRING_DESC_F_WRITE : 0;
+            if (choice & 4)
+                memcpy(memory, packed, sizeof(packed));
+            else
+                memcpy(memory, split, sizeof(split));
+            if (!(choice & 4))
+                memory[256 + 2] = 1; // the available index
+            memcpy(memory + 0x400, &types[i], sizeof(types[i]));
+            memory[0x608] = 8; // sectors of the range
+            memcpy(memory + 0x800, message, sizeof(message));
+            seed("vhost_user", bytes, sizeof(bytes));
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const char *const numbers[] = {
@@ -128,6 +166,7 @@ int main(int argc, char **argv)
         seed_text("control", requests[i]);
     seed_handshakes();
     seed_streams();
+    seed_vhost_user();
     if (!is_failed)
         write_file(argv[2], "", 0);
     return is_failed;

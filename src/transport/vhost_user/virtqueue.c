@@ -199,7 +199,7 @@ static bool split_publish(struct virtqueue *vq)
             __atomic_store_n(&inflight->desc[vq->batch[--vq->nr_batch]].inflight, 0, __ATOMIC_RELEASE);
         __atomic_store_n(&inflight->used_idx, vq->used, __ATOMIC_RELEASE);
     }
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); // the index is seen before we look whether they sleep
+    __sync_synchronize(); // the index is seen before we look whether they sleep
     if (!vq->has_event_idx)
         return !(load_acquire16(&vq->avail_ring->flags) & VRING_AVAIL_F_NO_INTERRUPT);
     event = load_acquire16(&vq->avail_ring->ring[vq->size]);
@@ -352,7 +352,7 @@ static bool packed_publish(struct virtqueue *vq)
         inflight->old_used_wrap_counter = vq->used_wrap;
         __atomic_store_n(&inflight->old_used_idx, vq->used, __ATOMIC_RELEASE);
     }
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    __sync_synchronize();
     flags = load_acquire16(&vq->driver_event->flags);
     if (flags != VRING_PACKED_EVENT_FLAG_DESC || !vq->has_event_idx)
         return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
@@ -429,7 +429,7 @@ bool virtqueue_arm(struct ring_poller *poller)
     }
     if (vq->kick_fd < 0)
         virtqueue_await_kick(vq);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); // seen before we look once more
+    __sync_synchronize(); // seen before we look once more
     // Out of tags: what ends wakes us.
     return vq->tags.is_exhausted || !virtqueue_has_avail(vq);
 }
@@ -447,11 +447,12 @@ bool virtqueue_poll(struct ring_poller *poller)
         return false;
     while (nr < VIRTQUEUE_BATCH && virtqueue_has_avail(vq)) {
         struct rq *rq = tags_get(&vq->tags);
-        struct virtqueue_rq *vrq = container_of(rq, struct virtqueue_rq, rq);
+        struct virtqueue_rq *vrq;
         const char *why;
 
         if (!rq)
             break;
+        vrq = container_of(rq, struct virtqueue_rq, rq);
         why = virtqueue_take(vq, vrq);
         if (!why)
             why = blk_start(vq, vrq);
