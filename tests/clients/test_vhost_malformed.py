@@ -12,6 +12,7 @@ import unittest
 import harness
 import raw_vhost as v
 from harness import K, M, Case, rounds, variant
+from attached import Attached
 from raw_vhost import Closed, Raw, bits
 from test_vhost_user import VhostServer
 
@@ -201,6 +202,29 @@ class Meaning(Vhost):
                 self.assertEqual(os.pread(region, 1, 16 + 16 * head), b"\0")
             self.assertTrue(raw.tell(v.SET_VRING_ENABLE, raw.state(0, 1)))
             self.assertEqual(raw.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
+
+
+class Resize(Attached):
+    def test_a_front_end_that_has_asked_is_told_of_another_size(self):
+        image = self.image(DATA)
+        self.attach(image, "--vhost-user", self.sock("vhost"))
+        with Raw(self.sock("vhost")) as raw:
+            raw.ready()
+            ours, theirs = socket.socketpair()
+            self.assertFalse(raw.tell(v.SET_BACKEND_REQ_FD, b"", [raw.memfd]))
+            self.assertTrue(raw.tell(v.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]))
+            theirs.close()
+            self.assertEqual(raw.request(v.T_IN, SIZE // 512, into=512)[0], v.IOERR)
+            os.truncate(image, SIZE + M)
+            self.bight("resize", "disk")
+            ours.settimeout(harness.PATIENCE)
+            self.assertEqual(struct.unpack("=III", ours.recv(12)), (2, v.VERSION, 0))
+            config = raw.ask(v.GET_CONFIG, struct.pack("=III", 0, 8, 0) + bytes(8))
+            self.assertEqual(struct.unpack_from("<Q", config, 12)[0], (SIZE + M) // 512)
+            self.assertEqual(raw.request(v.T_IN, SIZE // 512, into=512)[:2], (v.OK, bytes(512)))
+            ours.close()
+            self.bight("detach", "disk", status=1)
+            self.assertIn("virtual machine is connected", self.stderr)
 
 
 class ReadOnly(Vhost, Case):

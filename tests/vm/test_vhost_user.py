@@ -96,6 +96,19 @@ class TestVhostUser(GuestCase):
     def test_server_killed_and_started_under_load_on_packed_rings(self):
         self.check_restart(PACKED, signal.SIGKILL)
 
+    def test_resized_while_it_is_mounted(self):
+        disk = self.disk(64 * M)
+        env = os.environ | {"BIGHT_RUN_DIR": self.path("run")}
+        harness.run(BIGHT, "attach", disk, "--vhost-user", "sock", env=env, cwd=self.dir)
+        self.addCleanup(harness.run, BIGHT, "detach", "--all", "--force", env=env, status=None)
+        guest = self.boot("mkfs.ext4", "e2fsck", "resize2fs")
+        guest.run("mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt; echo kept >/mnt/kept")
+        os.truncate(disk, 200 * M)
+        harness.run(BIGHT, "resize", "disk", env=env)
+        guest.run(f"""until [ "$(cat /sys/block/vda/size)" = {200 * M // 512} ]; do sleep 0.02; done
+            resize2fs /dev/vda; [ "$(cat /mnt/kept)" = kept ]
+            dd if=/dev/zero of=/mnt/big bs=1M count=120; umount /mnt; e2fsck -fn /dev/vda""")
+
     def test_machines_one_after_the_other_on_one_socket(self):
         self.serve(self.disk(8 * M))
         for text in ("first", "second"):

@@ -119,6 +119,10 @@ static void vhost_user_release(struct transport_hold *hold)
         unix_socket_remove_stale(hold->addr);
         return;
     }
+    if (hold->fd < 0) { // of a process that was killed
+        unix_socket_remove_stale(hold->addr);
+        return;
+    }
     unix_socket_unlisten(hold->fd);
     close(hold->fd);
 }
@@ -168,6 +172,17 @@ static void vhost_user_destroy(struct transport *transport)
     free(server);
 }
 
+static int vhost_user_busy(struct transport *transport, struct err *err)
+{
+    struct server *server = container_of(transport, struct server, transport);
+
+    for (unsigned i = 0; i < server->nr_listeners; i++) {
+        if (server->listeners[i].session)
+            return err_set(err, -EBUSY, "a virtual machine is connected to %s", server->listeners[i].path);
+    }
+    return 0;
+}
+
 static void vhost_user_device_changed(struct transport *transport, struct device *dev)
 {
     struct server *server = container_of(transport, struct server, transport);
@@ -185,5 +200,6 @@ const struct transport_ops vhost_user_transport_ops = {
     .start = vhost_user_start,
     .stop = vhost_user_stop,
     .destroy = vhost_user_destroy,
+    .busy = vhost_user_busy,
     .device_changed = vhost_user_device_changed,
 };
