@@ -174,12 +174,23 @@ static uint64_t percentile_ns(const uint64_t *buckets, uint64_t nr, double perce
     return 0;
 }
 
+// What compresses is stored without work by some devices.
+static void fill_data(struct vuc *vuc, uint64_t seed)
+{
+    for (uint64_t at = vuc->data_at; at + sizeof(seed) <= vuc->memory_bytes; at += sizeof(seed)) {
+        uint64_t v = next_random(&seed);
+
+        memcpy(vuc->memory + at, &v, sizeof(v));
+    }
+}
+
 static int run_load(struct vuc *vuc, struct options *options)
 {
     struct worker *workers = calloc(options->vuc.nr_queues, sizeof(*workers)), sum = {0};
     double iops = 0, cpu = 0;
     uint64_t nr_kicks = 0, nr_interrupts = 0;
 
+    fill_data(vuc, options->seed * 0x9e3779b97f4a7c15ULL + 7);
     for (unsigned i = 0; i < options->vuc.nr_queues; i++) {
         workers[i] = (struct worker){.options = options,
                                      .queue = &vuc->queues[i],

@@ -239,7 +239,7 @@ int options_parse(struct options *options, enum options_command command, int arg
         .ring_name = "auto",
         .max_connections = 1000,
         .nr_workers = 16,
-        .poll_us = 32,
+        .poll_us = 64,
         .names = calloc((size_t)argc, sizeof(*options->names)),
         .images = calloc((size_t)argc, sizeof(*options->images)),
     };

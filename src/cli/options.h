@@ -30,7 +30,7 @@
     "  --workers N          threads for what blocks (default 16); 1 with --io buffered is the\n"   \
     "                       single-threaded loop\n"                                                \
     "  --connections N      NBD connections at a time (default 1000)\n"                            \
-    "  --poll-us N          vhost-user: how long to look for more before sleeping (default 32)\n"  \
+    "  --poll-us N          vhost-user: how long to look for more before sleeping (default 64)\n"  \
     "  --ring RING          auto (default), uring or threads\n"                                    \
     "  -v, --verbose        tell what is going on\n"                                               \
     "  -h, --help\n"

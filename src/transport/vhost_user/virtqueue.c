@@ -186,12 +186,11 @@ static void split_use(struct virtqueue *vq, struct virtqueue_rq *vrq, uint32_t l
     }
 }
 
-// true: the guest wants to be interrupted for that.
-static bool split_publish(struct virtqueue *vq)
+static void split_publish(struct virtqueue *vq)
 {
     struct vu_inflight_split *inflight = vq->inflight.split;
-    uint16_t old = vq->published, event;
 
+    vq->nr_untold += (uint16_t)(vq->used - vq->published);
     store_release16(&vq->used_ring->idx, vq->used);
     vq->published = vq->used;
     if (inflight) { // V5
@@ -199,11 +198,17 @@ static bool split_publish(struct virtqueue *vq)
             __atomic_store_n(&inflight->desc[vq->batch[--vq->nr_batch]].inflight, 0, __ATOMIC_RELEASE);
         __atomic_store_n(&inflight->used_idx, vq->used, __ATOMIC_RELEASE);
     }
-    __sync_synchronize(); // the index is seen before we look whether they sleep
+}
+
+// Whether the guest wants to be interrupted for what was published since it was asked last.
+static bool split_wants_call(const struct virtqueue *vq)
+{
+    uint16_t event;
+
     if (!vq->has_event_idx)
         return !(load_acquire16(&vq->avail_ring->flags) & VRING_AVAIL_F_NO_INTERRUPT);
     event = load_acquire16(&vq->avail_ring->ring[vq->size]);
-    return vring_need_event(event, vq->published, old);
+    return vring_need_event(event, vq->published, (uint16_t)(vq->published - vq->nr_untold));
 }
 
 // ---- Packed rings
@@ -333,10 +338,9 @@ static void packed_use(struct virtqueue *vq, struct virtqueue_rq *vrq, uint32_t 
     }
 }
 
-static bool packed_publish(struct virtqueue *vq)
+static void packed_publish(struct virtqueue *vq)
 {
     struct vu_inflight_packed *inflight = vq->inflight.packed;
-    uint16_t nr = vq->nr_unpublished, flags, off_wrap, event;
 
     if (inflight) {
         inflight->used_idx = vq->used;
@@ -344,6 +348,7 @@ static bool packed_publish(struct virtqueue *vq)
     }
     store_release16(&vq->packed[vq->published].flags, vq->batch_flags);
     vq->published = vq->used;
+    vq->nr_untold += vq->nr_unpublished;
     vq->nr_unpublished = 0;
     if (inflight) { // V5
         while (vq->nr_batch)
@@ -352,8 +357,12 @@ static bool packed_publish(struct virtqueue *vq)
         inflight->old_used_wrap_counter = vq->used_wrap;
         __atomic_store_n(&inflight->old_used_idx, vq->used, __ATOMIC_RELEASE);
     }
-    __sync_synchronize();
-    flags = load_acquire16(&vq->driver_event->flags);
+}
+
+static bool packed_wants_call(const struct virtqueue *vq)
+{
+    uint16_t flags = load_acquire16(&vq->driver_event->flags), off_wrap, event;
+
     if (flags != VRING_PACKED_EVENT_FLAG_DESC || !vq->has_event_idx)
         return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
     off_wrap = le16toh(__atomic_load_n(&vq->driver_event->off_wrap, __ATOMIC_RELAXED));
@@ -361,7 +370,7 @@ static bool packed_publish(struct virtqueue *vq)
     // 2.8.10.1: places of the round before count from below 0.
     if (!!(off_wrap & PACKED_EVENT_WRAP) != vq->used_wrap)
         event -= vq->size;
-    return vring_need_event(event, vq->used, (uint16_t)(vq->used - nr));
+    return vring_need_event(event, vq->used, (uint16_t)(vq->used - vq->nr_untold));
 }
 
 // ---- Both
@@ -375,6 +384,7 @@ void virtqueue_break(struct virtqueue *vq, const char *why)
     vq->is_broken = true;
     vq->why_broken = why;
     ring_remove_poller(ring, &vq->poller);
+    ring_defer(ring, &vq->publish_hook); // V6
     if (vq->err_fd >= 0) {
         vq->is_err_queued = true;
         ring_queue(ring, &vq->err_op);
@@ -437,7 +447,7 @@ bool virtqueue_arm(struct ring_poller *poller)
 bool virtqueue_poll(struct ring_poller *poller)
 {
     struct virtqueue *vq = container_of(poller, struct virtqueue, poller);
-    unsigned nr = 0;
+    unsigned nr = 0, batch = VIRTQUEUE_BATCH;
 
     if (__builtin_expect(atomic_load_explicit(&vq->memory->is_lost, memory_order_relaxed), 0)) {
         virtqueue_break(vq, "the guest's memory has become shorter");
@@ -445,7 +455,9 @@ bool virtqueue_poll(struct ring_poller *poller)
     }
     if (!tags_can_resume(&vq->tags))
         return false;
-    while (nr < VIRTQUEUE_BATCH && virtqueue_has_avail(vq)) {
+    if (!vq->is_packed) // what is left keeps us busy while the guest deals with these
+        batch = min_of(batch, split_nr_avail(vq) / 4U + 4);
+    while (nr < batch && virtqueue_has_avail(vq)) {
         struct rq *rq = tags_get(&vq->tags);
         struct virtqueue_rq *vrq;
         const char *why;
@@ -494,13 +506,39 @@ static void virtqueue_call(struct virtqueue *vq)
         ring_cancel(ring, &vq->call_op);
 }
 
+static void virtqueue_tell(struct virtqueue *vq)
+{
+    bool wants_call;
+
+    __sync_synchronize(); // what was published is seen before we look whether they sleep
+    wants_call = vq->is_packed ? packed_wants_call(vq) : split_wants_call(vq);
+    vq->nr_untold = 0;
+    if (wants_call)
+        virtqueue_call(vq);
+}
+
+// V6. Waking a sleeper costs as much as several requests.
+static bool virtqueue_can_wait(const struct virtqueue *vq)
+{
+    unsigned nr_waiting;
+
+    if (tags_nr_used(&vq->tags) || vq->is_stopping || vq->is_broken || !virtqueue_has_avail(vq))
+        return false;
+    nr_waiting = vq->is_packed ? VIRTQUEUE_BATCH : split_nr_avail(vq);
+    return 3 * nr_waiting > vq->nr_untold;
+}
+
 void virtqueue_publish(struct ring_hook *hook)
 {
     struct virtqueue *vq = container_of(hook, struct virtqueue, publish_hook);
 
     ring_found(vq->queue->ring);
-    if (vq->is_packed ? packed_publish(vq) : split_publish(vq))
-        virtqueue_call(vq);
+    if (!vq->is_packed)
+        split_publish(vq);
+    else if (vq->nr_unpublished)
+        packed_publish(vq);
+    if (!virtqueue_can_wait(vq))
+        virtqueue_tell(vq);
     virtqueue_stop_if_idle(vq);
 }
 

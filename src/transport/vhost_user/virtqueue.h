@@ -12,6 +12,8 @@
 //  V4. What is used is published once for all that ended in a batch, and the guest interrupted at most
 //      once for that.
 //  V5. With an inflight region, a request is in it from before it begins until it is published.
+//  V6. The interrupt waits, while all that was begun is done and enough more is there to be begun: the
+//      guest gets more for one, and works on it while we work on the rest.
 #pragma once
 
 #include <stdatomic.h>
@@ -76,7 +78,7 @@ struct virtqueue {
     uint16_t published;         // split: used, as the guest knows it; packed: where the last batch began
     uint16_t nr_unpublished;    // packed: descriptors used since then
     bool avail_wrap, used_wrap; // packed
-    bool published_wrap;
+    uint16_t nr_untold;         // published, and the guest not interrupted for it (packed: descriptors)
     struct tags tags;
     const atomic_bool *is_writethrough;
 

@@ -323,6 +323,8 @@ void virtqueue_stop_asked(struct ring_op *op, int res)
     (void)res;
     vq->is_stopping = true;
     ring_remove_poller(ring, &vq->poller);
+    if (vq->nr_untold)
+        ring_defer(ring, &vq->publish_hook); // V6
     if (vq->is_kick_awaited) {
         if (vq->kick_fd >= 0)
             ring_cancel(ring, &vq->kick_op);
