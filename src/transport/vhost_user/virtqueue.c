@@ -27,6 +27,18 @@ static inline void copy_once(void *to, const void *from, size_t len)
     __asm__ __volatile__("" ::: "memory");
 }
 
+// A buffer that was used in one queue may come back in another: the guest stands between the two threads,
+// where the thread sanitizer does not see it.
+#ifdef __SANITIZE_THREAD__
+void __tsan_acquire(void *addr);
+void __tsan_release(void *addr);
+#define tsan_from_guest(vq) __tsan_acquire((void *)(vq)->memory)
+#define tsan_to_guest(vq) __tsan_release((void *)(vq)->memory)
+#else
+#define tsan_from_guest(vq) ((void)(vq))
+#define tsan_to_guest(vq) ((void)(vq))
+#endif
+
 // ---- Chains of descriptors become vrq->iov
 
 static const char *chain_add(struct virtqueue *vq, struct virtqueue_rq *vrq, const struct virtqueue_buf *buf)
@@ -465,6 +477,7 @@ bool virtqueue_poll(struct ring_poller *poller)
         if (!rq)
             break;
         vrq = container_of(rq, struct virtqueue_rq, rq);
+        tsan_from_guest(vq);
         why = virtqueue_take(vq, vrq);
         if (!why)
             why = blk_start(vq, vrq);
@@ -533,6 +546,7 @@ void virtqueue_publish(struct ring_hook *hook)
     struct virtqueue *vq = container_of(hook, struct virtqueue, publish_hook);
 
     ring_found(vq->queue->ring);
+    tsan_to_guest(vq);
     if (!vq->is_packed)
         split_publish(vq);
     else if (vq->nr_unpublished)
