@@ -170,6 +170,8 @@ const char *blk_start(struct virtqueue *vq, struct virtqueue_rq *vrq)
         return "a request has no header or no status";
     vrq->vq = vq;
     rq->flags = atomic_load_explicit(vq->is_writethrough, memory_order_relaxed) ? RQ_FUA : 0;
+    // Guest memory is not registered with the ring: that would pin all of it, and a page that the guest gives
+    // back (balloon, free page reporting) is replaced in its memory and not in what is registered.
     rq->buf_index = -1;
     rq->nr_iov = 0;
     rq->offset_bytes = 0;
