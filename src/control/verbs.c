@@ -13,6 +13,7 @@
 #include "io/io.h"
 #include "map/map.h"
 #include "util/util.h"
+#include "writeback/writeback.h"
 
 #define LAZY_NS (NSEC_PER_SEC / 10)
 
@@ -67,6 +68,29 @@ static void describe_map(struct json_object *object, struct map *map)
     add_uint(object, "lease_breaks", status.nr_lease_breaks);
 }
 
+static void describe_writeback(struct json_object *object, const struct device *dev)
+{
+    struct writeback_stats stats;
+
+    if (!writeback_stats(dev, &stats))
+        return;
+    add_uint(object, "writeback_bytes", stats.size_bytes);
+    add_uint(object, "writeback_used_bytes", stats.used_bytes);
+    add_uint(object, "writeback_dirty_bytes", stats.dirty_bytes);
+    add_uint(object, "writeback_delayed_bytes", stats.delayed_bytes);
+    add_uint(object, "writeback_reserved_bytes", stats.reserved_bytes);
+    add_uint(object, "writeback_failed_bytes", stats.failed_bytes);
+    if (stats.error)
+        add_string(object, "writeback_error", strerror(-stats.error));
+    add_uint(object, "writeback_written_bytes", stats.written_bytes);
+    add_uint(object, "writeback_bytes_per_second", stats.bytes_per_s);
+    add_uint(object, "writeback_writes", stats.nr_writes);
+    add_uint(object, "writeback_runs_allocated", stats.nr_runs);
+    add_uint(object, "writeback_map_calls", stats.nr_map_calls);
+    add_uint(object, "writeback_allocated_bytes", stats.allocated_bytes);
+    add_uint(object, "writeback_throttled", stats.nr_throttled);
+}
+
 static void describe_device(struct json_object *object, const struct device *dev)
 {
     const struct limits *limits = &dev->limits;
@@ -78,6 +102,7 @@ static void describe_device(struct json_object *object, const struct device *dev
     add_string(object, "io_in_use", dev->io->ops->name);
     add_string(object, "map", dev->options.map);
     describe_map(object, dev->map);
+    describe_writeback(object, dev);
     add_string(object, "ring", dev->queues[0].ring->ops->name);
     add_uint(object, "queues", dev->nr_queues);
     add_uint(object, "depth", dev->depth);

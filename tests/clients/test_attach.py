@@ -11,12 +11,14 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import unittest
 import urllib.request
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
+import raw
 from attached import Attached, Load, alive, qemu_io
 from harness import K, M
 
@@ -238,6 +240,40 @@ class Changes(Attached):
                 self.bight("switch", "disk", other)
                 self.bight("switch", "disk", self.disk)
         self.assertEqual(self.show("disk")["image"], self.disk)
+
+    def test_write_back_is_turned_on_and_off_while_clients_write(self):
+        self.assertNotIn("writeback_bytes", self.show("disk"))
+        stop, wrong = threading.Event(), []
+
+        def write():
+            with raw.connect(self.sock("sock"), "extended") as client:
+                number = 0
+                while not stop.is_set():
+                    number += 1
+                    at = number * 7919 % 1000 * 4 * K
+                    data = harness.pattern(4 * K, number % 251)
+                    client.write(at, data)
+                    if client.read(at, 4 * K) != data:
+                        wrong.append(at)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(harness.rounds(8)):
+            self.bight("set", "disk", "writeback=1M")
+            self.assertEqual(self.show("disk")["writeback_bytes"], M)
+            self.bight("set", "disk", "writeback=off")
+            self.assertNotIn("writeback_bytes", self.show("disk"))
+        self.bight("set", "disk", "writeback=on")
+        stop.set()
+        writer.join()
+        self.assertEqual(wrong, [])
+        with raw.connect(self.sock("sock"), "extended") as client:
+            client.write(M, harness.pattern(64 * K))
+            shown = self.show("disk")
+            self.assertGreaterEqual(shown["writeback_dirty_bytes"], 64 * K)
+            self.assertEqual(shown["writeback_failed_bytes"], 0)
+            self.bight("set", "disk", "writeback=off")  # brings it below
+            self.assertEqual(harness.read_file(self.disk)[M:M + 64 * K], harness.pattern(64 * K))
 
     def test_a_switch_survives_the_worker(self):
         other = self.image(size=self.SIZE, name="other.img")
