@@ -101,7 +101,6 @@ void fuse_chan_answer(struct fuse_rq *frq, int error, size_t answer_bytes)
     struct fuse_out_header *header = (struct fuse_out_header *)(void *)frq->payload - 1; // F3
     size_t len = sizeof(*header) + (error ? 0 : answer_bytes);
 
-    frq->chan->queue->ring->nr_answered++;
     if (frq->is_entry) {
         fuse_entry_answer(container_of(frq, struct fuse_entry, frq), error, answer_bytes);
         return;
