@@ -1,9 +1,10 @@
 // The channel to the kernel on a queue: /dev/fuse, read and written on the queue's thread. A request's way:
 //
-//   chan_polled -> chan_read -> fuse_serve -> queue_submit ... rq done -> fuse_chan_answer
+//   chan_look -> chan_read -> fuse_serve -> queue_submit ... rq done -> fuse_chan_answer
 //
 //  C1. The file is non-blocking, and shared by the queues. Each takes what is there, a batch at most, and
-//      the I/O of all of that goes in one submission; then a POLL waits for more. Reads and writes of
+//      the I/O of all of that goes in one submission. It looks again after each turn of its ring, and when
+//      there was nothing, a POLL waits for more. Reads and writes of
 //      /dev/fuse only copy: they are system calls of their own, since what io_uring makes of them costs
 //      more, and some kernels let a READ of a non-blocking file wait.
 //  C2. Whoever is over (no POLL in flight, no tag in use) has posted over_op, and nothing after it.
@@ -26,6 +27,7 @@ void fuse_chan_check_over(struct fuse_chan *chan)
         tags_nr_used(&chan->tags))
         return;
     chan->is_over = true;
+    ring_remove_poller(chan->queue->ring, &chan->poller);
     ring_post(chan->main_ring, &chan->over_op, 0); // C2
 }
 
@@ -61,23 +63,46 @@ static bool chan_read_one(struct fuse_chan *chan, struct fuse_rq *frq)
     return n > 0 || errno == ENOENT || errno == EINTR;
 }
 
-static void chan_read(struct fuse_chan *chan)
+// A batch of what is there. true: something was.
+static bool chan_read(struct fuse_chan *chan)
 {
-    bool goes_on = true;
-
-    for (unsigned i = 0; i < CHAN_BATCH && goes_on && !chan->is_stopping; i++) {
+    for (unsigned i = 0; i < CHAN_BATCH && !chan->is_stopping; i++) {
         struct rq *rq = tags_get(&chan->tags);
 
-        if (!rq) {
+        if (!rq)
             chan->is_stalled = true; // goes on when answers have left
-            return;
-        }
-        goes_on = chan_read_one(chan, container_of(rq, struct fuse_rq, rq));
+        if (!rq || !chan_read_one(chan, container_of(rq, struct fuse_rq, rq)))
+            return i;
     }
-    if (!chan->is_polling && !chan->is_stopping && !chan->is_gone) {
+    return true;
+}
+
+static bool chan_is_reading(const struct fuse_chan *chan)
+{
+    return !chan->is_polling && !chan->is_stalled && !chan->is_stopping && !chan->is_gone;
+}
+
+static bool chan_look(struct ring_poller *poller)
+{
+    struct fuse_chan *chan = container_of(poller, struct fuse_chan, poller);
+    bool is_found = chan->is_found;
+
+    chan->is_found = false;
+    if (chan_is_reading(chan))
+        is_found |= chan_read(chan);
+    fuse_chan_check_over(chan);
+    return is_found;
+}
+
+static bool chan_arm(struct ring_poller *poller)
+{
+    struct fuse_chan *chan = container_of(poller, struct fuse_chan, poller);
+
+    if (chan_is_reading(chan)) {
         chan->is_polling = true;
         ring_queue(chan->queue->ring, &chan->poll_op);
     }
+    return true;
 }
 
 void fuse_chan_drop(struct fuse_rq *frq)
@@ -89,10 +114,8 @@ void fuse_chan_drop(struct fuse_rq *frq)
         return;
     }
     tags_put(&chan->tags, &frq->rq);
-    if (chan->is_stalled && tags_can_resume(&chan->tags)) {
+    if (chan->is_stalled && tags_can_resume(&chan->tags))
         chan->is_stalled = false;
-        chan_read(chan);
-    }
     fuse_chan_check_over(chan);
 }
 
@@ -118,8 +141,6 @@ static void chan_polled(struct ring_op *op, int res)
     chan->is_polling = false;
     if (res > 0 && (res & POLLERR))
         chan->is_gone = true;
-    else
-        chan_read(chan);
     fuse_chan_check_over(chan);
 }
 
@@ -134,7 +155,8 @@ void fuse_chan_start(struct ring_op *op, int res)
         (struct ring_op){.done = chan_polled, .code = RING_POLL, .fd = chan->fd, .events = POLLIN};
     for (unsigned i = 0; i < chan->nr_entries; i++)
         fuse_entry_register(&chan->entries[i]);
-    chan_read(chan);
+    chan->poller = (struct ring_poller){.poll = chan_look, .arm = chan_arm};
+    ring_add_poller(chan->queue->ring, &chan->poller, chan->queue->ring->poll_max_ns);
 }
 
 void fuse_chan_stop(struct ring_op *op, int res)

@@ -80,6 +80,7 @@ static void entry_fetched(struct ring_op *op, int res)
     if (res < 0 || chan->is_over)
         return;
     chan->nr_serving++;
+    chan->is_found = true;
     if (chan->is_stopping)
         fuse_entry_answer(container_of(frq, struct fuse_entry, frq), -ENOTCONN, 0);
     else

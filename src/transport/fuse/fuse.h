@@ -62,7 +62,9 @@ struct fuse_chan {
     size_t entry_mem_bytes;
     unsigned nr_serving; // of these, have a request
 
+    struct ring_poller poller;
     struct ring_op poll_op;
+    bool is_found; // an entry has had a request
     bool is_polling;
     bool is_stalled;  // out of tags
     bool is_stopping; // reads no more

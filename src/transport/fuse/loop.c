@@ -176,7 +176,7 @@ static dev_t parse_dev(const char *text)
 
 static void holders_add_dev(struct holders *holders, const char *sys_path)
 {
-    char path[400], text[40];
+    char path[700], text[40];
     FILE *file;
 
     snprintf(path, sizeof(path), "%s/dev", sys_path);
@@ -191,7 +191,7 @@ static void holders_add_dev(struct holders *holders, const char *sys_path)
 // What device mapper, md and their like have built on it.
 static void holders_add_stacked(struct holders *holders, const char *sys_path)
 {
-    char path[400];
+    char path[700];
     struct dirent *entry;
     DIR *dir;
 

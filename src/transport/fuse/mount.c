@@ -154,13 +154,16 @@ static unsigned init_cpus(void)
     return (unsigned)strtoul(last ? last + 1 : text, NULL, 10) + 1;
 }
 
-// Once FUSE_OVER_IO_URING is agreed on, the kernel waits for us to take it up: we must be able to.
-static bool init_has_ring(const struct transport_hold_options *options)
+// Once FUSE_OVER_IO_URING is agreed on, the kernel waits for us to take it up: we must be able to. Not with
+// a supervisor: what the kernel was about to put into the memory of a worker that died is lost, and no
+// RESEND brings it again (6.18).
+static bool init_takes_ring(const struct transport_hold_options *options)
 {
     struct ring *ring;
     struct err err;
 
-    if (!strcmp(options->ring_name, ring_threads_ops.name) || ring_create(&ring_uring_ops, &ring, &err) < 0)
+    if (options->is_supervised || !strcmp(options->ring_name, ring_threads_ops.name) ||
+        ring_create(&ring_uring_ops, &ring, &err) < 0)
         return false;
     ring_destroy(ring);
     return true;
@@ -197,7 +200,7 @@ static int init_answer(struct transport_hold *hold, const struct transport_hold_
     flags = msg.in.flags;
     if (flags & FUSE_INIT_EXT)
         flags |= (uint64_t)msg.in.flags2 << 32;
-    if ((flags & FUSE_OVER_IO_URING) && init_has_ring(options)) {
+    if ((flags & FUSE_OVER_IO_URING) && init_takes_ring(options)) {
         wanted |= FUSE_OVER_IO_URING;
         hold->facts[FUSE_FACT_CPUS] = init_cpus();
     }
