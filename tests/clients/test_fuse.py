@@ -7,9 +7,12 @@ import fcntl
 import mmap
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -318,6 +321,44 @@ class Life(FuseCase):
         with self.files(image, path=device, wrap=NOBODY) as server:
             server.process.send_signal(signal.SIGKILL)
             harness.wait_until(lambda: not mounts(device), "the unmounting")
+
+
+@need_root
+class Supervised(FuseCase):
+    @need("fio")
+    def test_requests_of_a_killed_worker_are_answered_by_the_next(self):
+        image = self.image(size=64 * M)
+        environment = os.environ | {"XDG_RUNTIME_DIR": self.dir}
+        device = self.path("device")
+
+        def bight(*arguments):
+            return run(BIGHT, *arguments, env=environment).stdout
+
+        self.assertEqual(bight("attach", "--name", "killed", "--fuse", device, image).strip(), device)
+        with harness.undo_stack() as stack:
+            stack.callback(run, BIGHT, "detach", "killed", "--force", env=environment, status=None)
+            stack.callback(run, "umount", "--force", "--lazy", device, status=None)
+            loop = stack.enter_context(harness.loop_device(0, backing=device, options=["--direct-io=on"]))
+            fio = subprocess.Popen([harness.have("fio"), "--name=verify", f"--filename={loop}", "--rw=randwrite", "--bs=4k",
+                                    "--size=32m", "--iodepth=32", "--ioengine=libaio", "--direct=1", "--thread",
+                                    "--verify=crc32c", "--verify_fatal=1", "--rate_iops=4000"],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            stack.callback(fio.kill)
+            killed = set()
+
+            def another():
+                worker = re.search(r"^worker_pid +([1-9][0-9]*)$", bight("show", "killed"), re.M)
+                return worker and int(worker[1]) not in killed and int(worker[1])
+
+            for _ in range(3):
+                harness.wait_until(another, "a worker")
+                worker = another()
+                killed.add(worker)
+                os.kill(worker, signal.SIGKILL)
+                time.sleep(0.3)  # so that it dies at different times
+            text, _ = fio.communicate(timeout=harness.PATIENCE)
+            self.assertEqual(fio.returncode, 0, text)
+        self.assertEqual(mounts(device), [])
 
 
 if __name__ == "__main__":

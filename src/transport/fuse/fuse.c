@@ -220,8 +220,9 @@ static void fuse_device_changed(struct transport *transport, struct device *dev)
     struct fuse_server *server = container_of(transport, struct fuse_server, transport);
 
     for (unsigned i = 0; i < server->nr_files; i++) {
-        // Attributes only (a negative offset): pages behind the new end go when the kernel sees the size.
-        struct fuse_notify_inval_inode_out out = {.ino = FUSE_ROOT_ID, .off = -1};
+        // Attributes and all pages: the bytes may be those of another image. The kernel waits for pages
+        // that are being read or written; the queues, which are not frozen any more, see to that (F4).
+        struct fuse_notify_inval_inode_out out = {.ino = FUSE_ROOT_ID};
 
         if (server->files[i].dev == dev)
             fuse_notify(server->files[i].hold->fd, FUSE_NOTIFY_INVAL_INODE, &out, sizeof(out));
