@@ -23,7 +23,7 @@ struct kernel {
     struct ring *main_ring;
     struct fuse_chan chan;
     bool is_over;
-    uint8_t in[sizeof(struct fuse_out_header) + KERNEL_PAYLOAD_BYTES]; // the last answer
+    _Alignas(8) uint8_t in[sizeof(struct fuse_out_header) + KERNEL_PAYLOAD_BYTES]; // the last answer
     size_t in_bytes;
 };
 
