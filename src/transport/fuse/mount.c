@@ -12,8 +12,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <fuse3/fuse.h>
 #include <fuse3/fuse_log.h>
+#include <fuse3/fuse_lowlevel.h>
 #include <limits.h>
 #include <mntent.h>
 #include <poll.h>
@@ -238,6 +238,27 @@ __attribute__((format(printf, 2, 0))) static void mount_log_keep(enum fuse_log_l
     mount_log[strcspn(mount_log, "\n")] = '\0';
 }
 
+// libfuse mounts, by itself or by fusermount3, and has no more to do with it. The fd, or -1.
+static int mount_open(const char *path, const char *options)
+{
+    struct fuse_args args = FUSE_ARGS_INIT(0, NULL);
+    const struct fuse_lowlevel_ops ops = {0};
+    struct fuse_session *session = NULL;
+    int fd = -1;
+
+    fuse_set_log_func(mount_log_keep);
+    if (!fuse_opt_add_arg(&args, "bight") && !fuse_opt_add_arg(&args, "-o") &&
+        !fuse_opt_add_arg(&args, options))
+        session = fuse_session_new(&args, &ops, sizeof(ops), NULL);
+    if (session && !fuse_session_mount(session, path))
+        fd = fcntl(fuse_session_fd(session), F_DUPFD_CLOEXEC, 3);
+    if (session)
+        fuse_session_destroy(session);
+    fuse_opt_free_args(&args);
+    fuse_set_log_func(NULL);
+    return fd;
+}
+
 // The file to be mounted over; it is made where there is none. What a server that is gone left mounted is
 // unmounted. 1: it was made. Else 0 or a negative errno.
 static int mount_point(char *path, const char *addr, const struct transport_hold_options *options,
@@ -289,9 +310,7 @@ int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *
     }
     snprintf(mount_options, sizeof(mount_options), "fsname=bight,subtype=bight,nosuid,nodev,%s%s",
              options->is_read_only ? "ro" : "rw", geteuid() ? "" : ",allow_other,default_permissions");
-    fuse_set_log_func(mount_log_keep);
-    hold->fd = fuse_open_channel(path, mount_options);
-    fuse_set_log_func(NULL);
+    hold->fd = mount_open(path, mount_options);
     if (hold->fd < 0) {
         ret = err_set(err, -EIO, "--fuse: %s: %s; use --nbd where FUSE cannot be had", hold->addr,
                       mount_log[0] ? mount_log : "mounting failed");
