@@ -203,7 +203,7 @@ class File(FuseCase):
                         run("fio", "--name=verify", f"--filename={server.paths[0]}", "--rw=randwrite",
                             f"--bs{'range' if '-' in block else ''}={block}", "--size=8m", f"--iodepth={depth}",
                             "--blockalign=512", "--ioengine=libaio", f"--direct={direct}", "--verify=crc32c",
-                            "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1", "--thread",
+                            "--verify_fatal=1", "--verify_state_save=0", "--verify_state_save=0", "--do_verify=1", "--thread",
                             "--allow_file_create=0",
                             "--serialize_overlap=1")
 
@@ -218,7 +218,7 @@ class Loop(FuseCase):
                 with harness.mounted(device, kind) as point:
                     run("cp", "-a", os.path.join(harness.ROOT, "src"), point)
                     run("fio", "--name=data", f"--filename={point}/data", "--rw=randwrite", "--bs=4k", "--size=24m",
-                        "--iodepth=32", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1",
+                        "--iodepth=32", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
                         "--verify_state_save=0", "--thread")
                     run("fio", "--name=meta", f"--directory={point}", "--nrfiles=200", "--filesize=4k-64k",
                         "--rw=randwrite", "--bs=4k", "--openfiles=20", "--numjobs=2", "--thread", "--fallocate=none",
@@ -248,7 +248,7 @@ class Loop(FuseCase):
                 harness.loop_device(0, backing=server.paths[0], options=["--direct-io=on"]) as device:
             for depth in (1, 64):
                 run("fio", "--name=verify", f"--filename={device}", "--rw=randwrite", "--bs=4k", "--size=8m",
-                    f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1",
+                    f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
                     "--verify_state_save=0", "--thread")
 
 
@@ -341,7 +341,7 @@ class Supervised(FuseCase):
             loop = stack.enter_context(harness.loop_device(0, backing=device, options=["--direct-io=on"]))
             fio = subprocess.Popen([harness.have("fio"), "--name=verify", f"--filename={loop}", "--rw=randwrite", "--bs=4k",
                                     "--size=32m", "--iodepth=32", "--ioengine=libaio", "--direct=1", "--thread",
-                                    "--verify=crc32c", "--verify_fatal=1", "--rate_iops=4000"],
+                                    "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--rate_iops=4000"],
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             stack.callback(fio.kill)
             killed = set()

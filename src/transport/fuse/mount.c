@@ -6,14 +6,10 @@
 //  M2. The guard is born before the mount and has nothing else open: it keeps no connection alive.
 //  M3. What is unmounted is ours: the last mount at the path, of our type.
 
-#define FUSE_USE_VERSION 31
-
 #include "transport/fuse/mount.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <fuse3/fuse_log.h>
-#include <fuse3/fuse_lowlevel.h>
 #include <limits.h>
 #include <mntent.h>
 #include <poll.h>
@@ -24,6 +20,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -227,36 +224,66 @@ static int init_answer(struct transport_hold *hold, const struct transport_hold_
 
 // ---- hold() and release()
 
-// What libfuse has to say while it mounts.
-static char mount_log[200];
-
-__attribute__((format(printf, 2, 0))) static void mount_log_keep(enum fuse_log_level level, const char *fmt,
-                                                                 va_list args)
+// fusermount3(1) opens /dev/fuse, mounts, and sends the fd over the socket that _FUSE_COMMFD names: an
+// interface that is as old as FUSE. What it says on stderr goes there.
+static int mount_by_helper(const char *path, const char *options)
 {
-    (void)level;
-    vsnprintf(mount_log, sizeof(mount_log), fmt, args);
-    mount_log[strcspn(mount_log, "\n")] = '\0';
+    char *argv[] = {(char[]){"fusermount3"}, (char[]){"-o"}, NULL, (char[]){"--"}, NULL, NULL};
+    char *env[] = {(char[]){"_FUSE_COMMFD=3"}, NULL}, byte;
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec iov = {&byte, 1};
+    struct msghdr msg = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof(control)};
+    posix_spawn_file_actions_t actions;
+    int fds[2], fd = -EPERM, error;
+    pid_t pid;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
+        return -errno;
+    argv[2] = (char *)(uintptr_t)options;
+    argv[4] = (char *)(uintptr_t)path;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, fds[0], 3);
+    error = posix_spawnp(&pid, argv[0], &actions, NULL, argv, env);
+    posix_spawn_file_actions_destroy(&actions);
+    close(fds[0]);
+    if (error) {
+        close(fds[1]);
+        return -error;
+    }
+    if (recvmsg(fds[1], &msg, MSG_CMSG_CLOEXEC) > 0 && msg.msg_controllen >= sizeof(control) &&
+        control.header.cmsg_type == SCM_RIGHTS)
+        memcpy(&fd, CMSG_DATA(&control.header), sizeof(fd));
+    close(fds[1]);
+    waitpid(pid, NULL, 0);
+    return fd;
 }
 
-// libfuse mounts, by itself or by fusermount3, and has no more to do with it. The fd, or -1.
-static int mount_open(const char *path, const char *options)
+// Mounts on the regular file. The fd or a negative errno.
+static int mount_open(const char *path, bool is_read_only)
 {
-    struct fuse_args args = FUSE_ARGS_INIT(0, NULL);
-    const struct fuse_lowlevel_ops ops = {0};
-    struct fuse_session *session = NULL;
-    int fd = -1;
+    unsigned long flags = MS_NOSUID | MS_NODEV | (is_read_only ? MS_RDONLY : 0UL);
+    char options[200];
+    int fd, ret = 0;
 
-    fuse_set_log_func(mount_log_keep);
-    if (!fuse_opt_add_arg(&args, "bight") && !fuse_opt_add_arg(&args, "-o") &&
-        !fuse_opt_add_arg(&args, options))
-        session = fuse_session_new(&args, &ops, sizeof(ops), NULL);
-    if (session && !fuse_session_mount(session, path))
-        fd = fcntl(fuse_session_fd(session), F_DUPFD_CLOEXEC, 3);
-    if (session)
-        fuse_session_destroy(session);
-    fuse_opt_free_args(&args);
-    fuse_set_log_func(NULL);
-    return fd;
+    if (geteuid())
+        return mount_by_helper(path,
+                               is_read_only ? "fsname=bight,subtype=bight,ro" : "fsname=bight,subtype=bight");
+    fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    snprintf(options, sizeof(options),
+             "fd=%d,rootmode=%o,user_id=0,group_id=0,allow_other,default_permissions", fd, (unsigned)S_IFREG);
+    if (mount("bight", path, MOUNT_TYPE, flags, options) < 0) {
+        ret = -errno;
+        close(fd);
+    }
+    return ret < 0 ? ret : fd;
 }
 
 // The file to be mounted over; it is made where there is none. What a server that is gone left mounted is
@@ -293,7 +320,7 @@ static int mount_point(char *path, const char *addr, const struct transport_hold
 
 int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err)
 {
-    char path[PATH_MAX], mount_options[200];
+    char path[PATH_MAX];
     int ret = mount_point(path, hold->addr, options, err);
     bool is_created;
 
@@ -308,12 +335,11 @@ int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *
             unlink(path);
         return ret;
     }
-    snprintf(mount_options, sizeof(mount_options), "fsname=bight,subtype=bight,nosuid,nodev,%s%s",
-             options->is_read_only ? "ro" : "rw", geteuid() ? "" : ",allow_other,default_permissions");
-    hold->fd = mount_open(path, mount_options);
+    hold->fd = mount_open(path, options->is_read_only);
     if (hold->fd < 0) {
-        ret = err_set(err, -EIO, "--fuse: %s: %s; use --nbd where FUSE cannot be had", hold->addr,
-                      mount_log[0] ? mount_log : "mounting failed");
+        ret = err_set(err, hold->fd, "--fuse: %s: mounting: %s; use --nbd where FUSE cannot be had",
+                      hold->addr, strerror(-hold->fd));
+        hold->fd = -1;
         goto out_guard;
     }
     ret = init_answer(hold, options);
