@@ -41,7 +41,7 @@ int fiemap_next(struct fiemap_walk *walk, const struct fiemap_extent *ext)
     int ret = 0;
 
     // The first may begin before the range; they come in order and do not overlap.
-    if (end <= start || end <= walk->at)
+    if (end <= start || end <= walk->at || (start < walk->at && walk->at & (walk->block_bytes - 1)))
         return -EIO;
     if (start > walk->at)
         ret = fiemap_give(walk, min_of(start, walk->end), FILE_HOLE, 0);
