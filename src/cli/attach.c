@@ -130,13 +130,11 @@ static int attach_hold_one(struct attach *attach, const struct transport_ops *op
                            struct err *err)
 {
     struct options *options = &attach->options;
-    struct transport_addrs *addrs = NULL;
+    struct transport_addrs *addrs = options->addrs;
     int ret;
 
-    for (unsigned i = 0; i < TRANSPORT_NR; i++) {
-        if (transport_table[i] == ops)
-            addrs = &options->addrs[i];
-    }
+    for (unsigned i = 0; transport_table[i] != ops; i++)
+        addrs++;
     addrs->addrs[addrs->nr_addrs++] = addr;
     ret = options_hold(options, &attach->holds, err);
     if (ret < 0)

@@ -1,5 +1,6 @@
 // bight map: the extents of a file, as a table, a strip, a picture or JSON.
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -95,6 +96,7 @@ static int take_extent(void *arg, const struct file_extent *ext)
         map->extents = more;
         map->max_extents = max_extents;
     }
+    assert(map->extents);
     map->extents[map->nr_extents++] = *ext;
     return 0;
 }
@@ -139,10 +141,12 @@ static int seek_map(struct file_map *map, int fd)
 static int read_map(struct file_map *map, struct err *err)
 {
     struct fiemap_walk walk = {.take = take_extent, .arg = map};
-    // O_NONBLOCK: neither a FIFO nor somebody's lease is waited for without end.
-    int fd = open(map->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), ret;
     struct stat st;
+    int fd, ret;
 
+    assert(map->path);
+    // O_NONBLOCK: neither a FIFO nor somebody's lease is waited for without end.
+    fd = open(map->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     // EWOULDBLOCK: a bight that redirects this very file lets go of it; that is waited for.
     if (fd < 0 && errno == EWOULDBLOCK)
         fd = open(map->path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
@@ -211,8 +215,11 @@ static void size_text(uint64_t bytes, char text[32])
         snprintf(text, 32, "%" PRIu64 " bytes", bytes);
         return;
     }
-    for (n /= 1024; n >= 1024; n /= 1024)
+    n /= 1024;
+    while (n >= 1024) {
+        n /= 1024;
         unit++;
+    }
     snprintf(text, 32, n < 100 ? "%.1f %ciB" : "%.0f %ciB", n, units[unit]);
 }
 
@@ -250,8 +257,8 @@ static void print_text(const struct file_map *map)
     char size[32], least[32], most[32];
 
     size_text(map->size_bytes, size);
-    printf("%s: %s, %" PRIu64 " extents%s%s\n", map->path, size, nr_pieces(map), *map->place.fs ? " on " : "",
-           map->place.fs);
+    printf("%s: %s, %" PRIu64 " extents%s%s\n", map->path, size, nr_pieces(map), map->place.fs ? " on " : "",
+           map->place.fs ? map->place.fs : "");
     for (unsigned i = 0; i < FILE_NR_STATES; i++) {
         const struct state_sum *sum = &map->sums[i];
 

@@ -358,7 +358,7 @@ static void supervisor_take_image(struct supervisor *supervisor, const struct me
 // false: there is none now.
 static bool supervisor_receive(struct supervisor *supervisor)
 {
-    struct message message;
+    struct message message = {.kind = MESSAGE_ERROR};
     struct iovec iov = {.iov_base = &message, .iov_len = sizeof(message)};
     union {
         struct cmsghdr head;

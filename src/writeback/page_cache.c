@@ -649,6 +649,7 @@ static bool vec_add(struct page_vec *vec, char *mem, size_t len)
     }
     if (vec->nr_iov == vec->max_iov)
         return false;
+    assert(vec->iov);
     vec->iov[vec->nr_iov++] = (struct iovec){mem, len};
     return true;
 }
