@@ -62,17 +62,18 @@ static int threads_update_epoll(struct threads *threads, int fd, struct threads_
 static int threads_park(struct threads *threads, struct ring_op *op)
 {
     struct threads_fd *state = threads_fd(threads, op->fd);
+    struct ring_op **at;
+    int ret;
 
     if (!state)
         return -ENOMEM;
-    if (op->code == RING_SENDMSG || op->code == RING_EVENT_SIGNAL) {
-        assert(!state->writer);
-        state->writer = op;
-    } else {
-        assert(!state->reader);
-        state->reader = op;
-    }
-    return threads_update_epoll(threads, op->fd, state);
+    at = op->code == RING_SENDMSG || op->code == RING_EVENT_SIGNAL ? &state->writer : &state->reader;
+    assert(!*at);
+    *at = op;
+    ret = threads_update_epoll(threads, op->fd, state);
+    if (ret < 0)
+        *at = NULL; // it is done, with that
+    return ret;
 }
 
 // -EAGAIN: not yet.

@@ -365,6 +365,17 @@ class Users(Attached):
             client.read(0, 4096)
         harness.wait_until(lambda: not os.listdir(self.run_dir), "the lazy detach")
 
+    @harness.need_root
+    def test_detach_of_a_file_that_is_open_names_who(self):
+        image, path = self.image(size=M), self.path("device")
+        self.attach(image, "--fuse", path)
+        with open(path, "rb") as file:
+            self.bight("detach", "disk", status=1)
+            self.assertRegex(self.stderr, rf"^bight: disk: {path}: opened by .* \({os.getpid()}\); ")
+            self.assertEqual(file.read(10), bytes(10))
+        self.bight("detach", "disk")
+        self.assertFalse(os.path.exists(path))
+
     def test_detach_by_force(self):
         image = self.image(size=M)
         self.attach(image, "--nbd", f"unix:{self.sock('sock')}")

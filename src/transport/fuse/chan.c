@@ -28,6 +28,7 @@ void fuse_chan_check_over(struct fuse_chan *chan)
         return;
     chan->is_over = true;
     ring_remove_poller(chan->queue->ring, &chan->poller);
+    ring_remove_fd(chan->queue->ring, chan->fd);
     ring_post(chan->main_ring, &chan->over_op, 0); // C2
 }
 

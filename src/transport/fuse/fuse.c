@@ -3,13 +3,17 @@
 #include "transport/fuse/fuse.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "core/device.h"
 #include "core/queue.h"
+#include "transport/fuse/loop.h"
 #include "transport/fuse/mount.h"
 #include "util/util.h"
 
@@ -215,6 +219,37 @@ static void fuse_stop(struct transport *transport)
     }
 }
 
+// The path that the kernel tells of who has the file open. Only its folder is looked at: asking the file
+// is asking our own queues, which may be frozen.
+static bool fuse_path(const char *addr, char path[PATH_MAX])
+{
+    const char *slash = strrchr(addr, '/');
+    char folder[PATH_MAX];
+    size_t len;
+
+    snprintf(folder, sizeof(folder), "%.*s", slash ? (int)(slash - addr + 1) : 1, slash ? addr : ".");
+    if (!realpath(folder, path))
+        return false;
+    len = strlen(path);
+    snprintf(path + len, PATH_MAX - len, "%s%s", len > 1 ? "/" : "", slash ? slash + 1 : addr);
+    return true;
+}
+
+// The kernel's loop device on the file shows up in no process: who put it there asks for its users.
+static int fuse_busy(struct transport *transport, struct err *err)
+{
+    struct fuse_server *server = container_of(transport, struct fuse_server, transport);
+
+    for (unsigned i = 0; i < server->nr_files; i++) {
+        const char *addr = server->files[i].hold->addr;
+        char path[PATH_MAX], text[300];
+
+        if (fuse_path(addr, path) && loop_file_holders(path, text, sizeof(text)))
+            return err_set(err, -EBUSY, "%s: %s", addr, text);
+    }
+    return 0;
+}
+
 static void fuse_device_changed(struct transport *transport, struct device *dev)
 {
     struct fuse_server *server = container_of(transport, struct fuse_server, transport);
@@ -236,5 +271,6 @@ const struct transport_ops fuse_transport_ops = {
     .start = fuse_start,
     .stop = fuse_stop,
     .destroy = fuse_destroy,
+    .busy = fuse_busy,
     .device_changed = fuse_device_changed,
 };

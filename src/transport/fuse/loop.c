@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/loop.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -139,6 +140,7 @@ struct holders {
     size_t left;
     dev_t devs[64]; // the device and its partitions
     unsigned nr_devs;
+    const char *file; // or this
 };
 
 __attribute__((format(printf, 2, 3))) static void holders_add(struct holders *holders, const char *fmt, ...)
@@ -242,12 +244,17 @@ static bool process_has_open(const struct holders *holders, const char *pid)
     snprintf(path, sizeof(path), "/proc/%s/fd", pid);
     dir = opendir(path);
     while (dir && !has && (entry = readdir(dir))) {
-        char target[300];
+        char target[PATH_MAX];
         ssize_t n;
 
         // Only what looks like a device is asked for more: a stat of a file on a dead server would hang.
         snprintf(path, sizeof(path), "/proc/%s/fd/%s", pid, entry->d_name);
         n = readlink(path, target, sizeof(target) - 1);
+        if (n > 0 && holders->file) {
+            target[n] = '\0';
+            has = !strcmp(target, holders->file);
+            continue;
+        }
         if (n < 5 || strncmp(target, "/dev/", 5))
             continue;
         has = !stat(path, &st) && S_ISBLK(st.st_mode) && holders_have(holders, st.st_rdev);
@@ -281,6 +288,24 @@ static void holders_add_openers(struct holders *holders)
         closedir(dir);
 }
 
+static bool holders_end(struct holders *holders, const char *text)
+{
+    if (holders->text == text)
+        return false;
+    if (holders->text - text >= 2 && !strcmp(holders->text - 2, ", "))
+        holders->text[-2] = '\0';
+    return true;
+}
+
+bool loop_file_holders(const char *path, char *text, size_t text_bytes)
+{
+    struct holders holders = {.text = text, .left = text_bytes, .file = path};
+
+    *text = '\0';
+    holders_add_openers(&holders);
+    return holders_end(&holders, text);
+}
+
 bool loop_holders(const char *device, char *text, size_t text_bytes)
 {
     struct holders holders = {.text = text, .left = text_bytes};
@@ -305,9 +330,5 @@ bool loop_holders(const char *device, char *text, size_t text_bytes)
         closedir(dir);
     holders_add_mounts(&holders);
     holders_add_openers(&holders);
-    if (holders.text == text)
-        return false;
-    if (holders.text - text >= 2 && !strcmp(holders.text - 2, ", "))
-        holders.text[-2] = '\0';
-    return true;
+    return holders_end(&holders, text);
 }

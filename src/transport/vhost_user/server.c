@@ -119,10 +119,6 @@ static void vhost_user_release(struct transport_hold *hold)
         unix_socket_remove_stale(hold->addr);
         return;
     }
-    if (hold->fd < 0) { // of a process that was killed
-        unix_socket_remove_stale(hold->addr);
-        return;
-    }
     unix_socket_unlisten(hold->fd);
     close(hold->fd);
 }
