@@ -304,6 +304,9 @@ struct verb_detach {
     struct control *control;
     struct server_conn *conn;
     bool is_lazy, is_forced;
+    struct writeback_drain drain;
+    struct ring_op op; // from the queue's thread to ours
+    uint64_t lost_bytes;
 };
 
 static void control_detach(struct control *control, struct server_conn *conn)
@@ -354,6 +357,40 @@ static void detach_begun_lazily(void *arg, int error, const struct err *err)
     free(verb);
 }
 
+static void detach_drained(struct ring_op *op, int res)
+{
+    struct verb_detach *verb = container_of(op, struct verb_detach, op);
+    struct control *control = verb->control;
+    struct err refused = {.line = ""};
+
+    if (!res || control->state != CONTROL_RUNS) {
+        control_detach(control, verb->conn);
+    } else {
+        err_set(
+            &refused, res,
+            "%s: %llu bytes cannot be written to its image: %s; make that possible, or lose them by --force",
+            control->facts->dir->name, (unsigned long long)verb->lost_bytes, strerror(-res));
+        server_reply(verb->conn, NULL, &refused);
+    }
+    free(verb);
+}
+
+static void detach_drain_done(struct writeback_drain *drain, int error, uint64_t lost_bytes)
+{
+    struct verb_detach *verb = container_of(drain, struct verb_detach, drain);
+
+    verb->lost_bytes = lost_bytes;
+    ring_post(verb->control->server.ring, &verb->op, error);
+}
+
+// What is in memory goes to the image first: the end would only tell that it is lost.
+static void detach_drain(struct verb_detach *verb)
+{
+    verb->op.done = detach_drained;
+    verb->drain.done = detach_drain_done;
+    writeback_drain(verb->control->worker->devs[0]->writeback, &verb->drain);
+}
+
 // Nobody uses the node any more, or err says who does.
 static void detach_tried(void *arg, int error, const struct err *err)
 {
@@ -364,6 +401,9 @@ static void detach_tried(void *arg, int error, const struct err *err)
     if (control->state != CONTROL_RUNS) { // it stops already
         err_set(&refused, -EBUSY, "%s: is stopping", control->facts->dir->name);
         server_reply(verb->conn, NULL, &refused);
+    } else if (!error && !verb->is_forced && control->worker->devs[0]->writeback) {
+        detach_drain(verb);
+        return;
     } else if (!error || verb->is_forced) {
         control_detach(control, verb->conn);
     } else if (verb->is_lazy && error == -EBUSY) {
@@ -399,7 +439,10 @@ static void verb_detach(struct control *control, struct server_conn *conn, struc
         server_reply(conn, NULL, &err);
         return;
     }
-    *verb = (struct verb_detach){control, conn, asks_for(request, "lazy"), asks_for(request, "force")};
+    *verb = (struct verb_detach){.control = control,
+                                 .conn = conn,
+                                 .is_lazy = asks_for(request, "lazy"),
+                                 .is_forced = asks_for(request, "force")};
     ret = transports_busy(&control->worker->transports, &err);
     if (ret < 0)
         detach_tried(verb, ret, &err);

@@ -376,6 +376,18 @@ class Users(Attached):
         self.bight("detach", "disk")
         self.assertFalse(os.path.exists(path))
 
+    def test_detach_with_data_that_cannot_be_written_says_how_much(self):
+        image = self.image(size=M)
+        self.attach(image, "--nbd", f"unix:{self.sock('sock')}", "--writeback", "--io", "fault:write.error=1:ENOSPC")
+        with harness.raw.connect(self.sock("sock"), "structured", "", False) as client:
+            client.write(64 * K, bytes(8 * K))
+        harness.wait_until(lambda: self.bight("detach", "disk", status=1) or "connected" not in self.stderr,
+                           "the end of the client")
+        self.assertRegex(self.stderr, r"^bight: disk: 8192 bytes cannot be written to its image: No space left")
+        self.assertEqual(self.show("disk")["state"], "running")
+        self.bight("detach", "--force", "disk", status=1)  # and says that they are lost
+        self.assertEqual(self.list(), {})
+
     def test_detach_by_force(self):
         image = self.image(size=M)
         self.attach(image, "--nbd", f"unix:{self.sock('sock')}")

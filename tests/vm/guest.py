@@ -305,6 +305,19 @@ class Guest:
     def boot(self):
         lock = self.stack.enter_context(open(os.path.join(CACHE, "one-guest"), "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for last in (False, False, True):
+            self.start_machine()
+            try:
+                Job(self, 0).wait()
+                return
+            except AssertionError:
+                # Linux patches its own code while it boots, and now and then an emulated CPU meets the breakpoint
+                # that should keep it out. It has nothing to do with what is tested: once more.
+                if last or "Oops: int3" not in self.console():
+                    raise
+                self.kill()
+
+    def start_machine(self):
         ours, theirs = socket.socketpair()
         self.socket = self.stack.enter_context(ours)
         with theirs, open(os.path.join(self.dir, "qemu"), "w") as output:
@@ -312,7 +325,6 @@ class Guest:
                 [*self.command, "-chardev", f"socket,id=agent,fd={theirs.fileno()}"], stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, preexec_fn=die_with_parent, pass_fds=[theirs.fileno()])
         self.stack.callback(self.kill)
-        Job(self, 0).wait()
 
     def kill(self):
         """A power cut."""
