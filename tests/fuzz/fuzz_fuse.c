@@ -1,7 +1,7 @@
 // Messages of FUSE's kernel side, on a real device. The input is a list of them: opcode, flags, the length of
 // what follows the header, and that. Every one that is whole is answered once, but for those that never are.
 
-#include "fuzz.h"
+#include "fuzz_device.h"
 
 #include <string.h>
 #include <sys/mman.h>
@@ -9,38 +9,11 @@
 
 #include "../unit/fuse_kernel.h"
 
-#define DEVICE_BYTES (64 * KiB + 777)
-
-static struct device *devs[2]; // one on each kind of ring
-static struct ring *main_ring;
-
-static struct device *make_device(const char *ring_name)
-{
-    struct device_options options = {
-        .name = "fuzz", .io = "buffered", .map = "linear", .nr_queues = 1, .depth = 8};
-    int fd = memfd_create("disk", MFD_CLOEXEC);
-    struct device *dev;
-    struct err err;
-    char path[40];
-
-    must(fd >= 0 && !ftruncate(fd, DEVICE_BYTES));
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-    options.ring = ring_choose(ring_name, &err);
-    must(options.ring);
-    must(!device_create(&dev, path, &options, &err));
-    close(fd);
-    return dev;
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
-    struct err err;
-
     (void)argc;
     (void)argv;
-    devs[0] = make_device("auto");
-    devs[1] = make_device("threads");
-    must(!ring_create(devs[0]->queues[0].ring->ops, &main_ring, &err));
+    make_devices();
     return 0;
 }
 
@@ -70,7 +43,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     unsigned nr = 0, nr_due = 0;
     size_t at = 1;
 
-    must(kernel_begin(&kernel, devs[len ? data[0] & 1 : 0], main_ring));
+    must(kernel_begin(&kernel, devs[len ? data[0] & 1 : 0], the_main_ring));
     while (at + 4 <= len && nr < ARRAY_SIZE(is_due)) {
         size_t args_bytes = min_of(data[at + 2] + 256UL * data[at + 3], len - at - 4);
         struct fuse_in_header header = {.len = (uint32_t)(sizeof(header) + args_bytes), .opcode = data[at]};

@@ -2,7 +2,7 @@
 // how much of it came with the handshake; the rest is the stream, whose cookies are numbered so that replies
 // can be told apart.
 
-#include "fuzz.h"
+#include "fuzz_device.h"
 
 #include <string.h>
 #include <sys/mman.h>
@@ -13,37 +13,11 @@
 #include "../unit/session.h"
 #include "util/util.h"
 
-#define DEVICE_BYTES (64 * KiB + 777)
-
-static struct device *devs[2]; // one on each kind of ring
-static struct ring *main_ring;
-
-static struct device *make_device(const char *ring_name, const char *io)
-{
-    struct device_options options = {.name = "fuzz", .io = io, .map = "linear", .nr_queues = 1, .depth = 8};
-    int fd = memfd_create("disk", MFD_CLOEXEC);
-    struct device *dev;
-    struct err err;
-    char path[40];
-
-    must(fd >= 0 && !ftruncate(fd, DEVICE_BYTES));
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-    options.ring = ring_choose(ring_name, &err);
-    must(options.ring);
-    must(!device_create(&dev, path, &options, &err));
-    close(fd);
-    return dev;
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
-    struct err err;
-
     (void)argc;
     (void)argv;
-    devs[0] = make_device("auto", "buffered");
-    devs[1] = make_device("threads", "buffered");
-    must(!ring_create(devs[0]->queues[0].ring->ops, &main_ring, &err));
+    make_devices();
     return 0;
 }
 
@@ -60,7 +34,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     if (stream_len)
         memcpy(stream, data + 1, stream_len);
     list = session_number(stream, stream_len, mode);
-    must(session_begin(&session, main_ring, devs[choice >> 2 & 1], mode, choice & 8, stream, early));
+    must(session_begin(&session, the_main_ring, devs[choice >> 2 & 1], mode, choice & 8, stream, early));
     must(session_send(&session, stream + early, stream_len - early));
     must(session_finish(&session));
     wrong = session_check(&list, session.in.bytes, session.in.len, mode);

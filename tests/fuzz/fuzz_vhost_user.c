@@ -2,7 +2,7 @@
 // with those that set up a queue, split or packed; then comes what is in the shared memory, a message's worth
 // of which is each piece of the rest: request, how many files of which kind, length, payload.
 
-#include "fuzz.h"
+#include "fuzz_device.h"
 
 #include <string.h>
 #include <sys/eventfd.h>
@@ -15,14 +15,11 @@
 #include "transport/vhost_user/session.h"
 #include "util/util.h"
 
-#define DEVICE_BYTES (64 * KiB + 777)
 #define MEMORY_BYTES (64 * KiB)
 #define GUEST_BASE 0x10000U
 #define RING_SIZE 16
 #define MAX_MESSAGES 64
 
-static struct device *devs[2]; // one on each kind of ring
-static struct ring *main_ring;
 static int memfd;
 static char *memory;
 
@@ -32,33 +29,11 @@ struct front_end {
     bool has_writeback;
 };
 
-static struct device *make_device(const char *ring_name)
-{
-    struct device_options options = {
-        .name = "fuzz", .io = "buffered", .map = "linear", .nr_queues = 1, .depth = 8};
-    int fd = memfd_create("disk", MFD_CLOEXEC);
-    struct device *dev;
-    struct err err;
-    char path[40];
-
-    must(fd >= 0 && !ftruncate(fd, DEVICE_BYTES));
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-    options.ring = ring_choose(ring_name, &err);
-    must(options.ring);
-    must(!device_create(&dev, path, &options, &err));
-    close(fd);
-    return dev;
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
-    struct err err;
-
     (void)argc;
     (void)argv;
-    devs[0] = make_device("auto");
-    devs[1] = make_device("threads");
-    must(!ring_create(devs[0]->queues[0].ring->ops, &main_ring, &err));
+    make_devices();
     memfd = memfd_create("guest", MFD_CLOEXEC);
     must(memfd >= 0 && !ftruncate(memfd, MEMORY_BYTES));
     memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
@@ -154,7 +129,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     front_end.fd = fds[0];
     session = session_create(fds[1], &(struct session_options){
                                          .dev = devs[choice & 1],
-                                         .ring = main_ring,
+                                         .ring = the_main_ring,
                                          .has_writeback = &front_end.has_writeback,
                                          .closed = front_end_closed,
                                          .arg = &front_end,
@@ -165,10 +140,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     if (len > 3)
         send_rest(&front_end, data + 3 + memory_len, len - 3 - memory_len, kick_fd);
     shutdown(front_end.fd, SHUT_WR);
-    ring_queue(main_ring, &timer);
+    ring_queue(the_main_ring, &timer);
     while (!front_end.is_closed)
-        must(ring_run(main_ring) >= 0);
-    ring_cancel_timeout(main_ring, &timer);
+        must(ring_run(the_main_ring) >= 0);
+    ring_cancel_timeout(the_main_ring, &timer);
     close(front_end.fd);
     close(kick_fd);
     return 0;
