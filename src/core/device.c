@@ -6,13 +6,11 @@
 
 #include "core/rq.h"
 
-int device_check(const struct device *dev, const struct rq *rq)
+int device_check(const struct limits *limits, const struct rq *rq)
 {
-    const struct limits *limits = &dev->limits;
-
     if (rq->op == REQ_OP_FLUSH)
         return 0;
-    if (rq_is_write(rq) && dev->image->is_read_only)
+    if (rq_is_write(rq) && limits->is_read_only)
         return -EPERM;
     if (rq->offset_bytes > limits->size_bytes || rq->len_bytes > limits->size_bytes - rq->offset_bytes)
         return rq->op == REQ_OP_WRITE || rq->op == REQ_OP_WRITE_ZEROES ? -ENOSPC : -EINVAL;

@@ -105,4 +105,4 @@ int device_create_writeback(struct writeback **writeback, struct device *dev,
 struct queue *device_pick_queue(struct device *dev);
 
 // 0, or what the request is to be answered: range, read-only, alignment. Pure; hot.
-int device_check(const struct device *dev, const struct rq *rq);
+int device_check(const struct limits *limits, const struct rq *rq);

@@ -53,6 +53,7 @@ static void queue_unfreeze(struct ring_op *op, int res)
 
     (void)res;
     queue->is_frozen = false;
+    queue->limits = queue->dev->limits;
     queue_add_fds(queue); // L3
     queue_restart_held(queue);
 }
@@ -195,6 +196,7 @@ static int queue_start(struct device *dev, struct queue *queue, const struct rin
 
     queue->held_tail = &queue->held;
     plug_init(&queue->plug);
+    queue->limits = dev->limits;
     queue->freeze_op.done = queue_freeze;
     queue->unfreeze_op.done = queue_unfreeze;
     queue->barrier_op.done = queue_barrier;

@@ -1,6 +1,7 @@
 // What sizes and places a device takes.
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define LIMITS_MAX_TRANSFER_BYTES (32U * 1024 * 1024) // READ, WRITE: what every NBD client may send
@@ -10,6 +11,7 @@ struct limits {
     uint32_t min_block_bytes;       // offsets and lengths are multiples of it; 1: any byte
     uint32_t preferred_block_bytes; // smaller or unaligned is slower
     uint32_t max_transfer_bytes;    // of one READ or WRITE
+    bool is_read_only;
 };
 
 struct image;

@@ -264,7 +264,7 @@ static void rq_start(struct rq *rq)
         rq_step(rq);
         return;
     }
-    error = device_check(queue->dev, rq); // here: a freeze may have changed the limits
+    error = device_check(&queue->limits, rq); // here: a freeze may have changed the limits
     if (error) {
         rq_end(rq, error);
         return;

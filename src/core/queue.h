@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "core/limits.h"
 #include "core/rq.h"
 #include "core/stats.h"
 #include "io/plug.h"
@@ -25,6 +26,7 @@ struct queue {
     struct ring *ring;
     unsigned index;
     unsigned nr_inflight;
+    struct limits limits; // the device's, as of the last unfreeze: those are changed by another thread
     bool is_frozen;
     bool is_freeze_due;           // frozen, and the device has not been told yet
     struct rq *held, **held_tail; // waiting for the end of the freeze

@@ -11,19 +11,17 @@ static int check_on(const struct device *dev, enum req_op op, uint64_t offset, u
 {
     struct rq rq = {.op = (uint8_t)op, .offset_bytes = offset, .len_bytes = len};
 
-    return device_check(dev, &rq);
+    return device_check(&dev->limits, &rq);
 }
 
 static struct device device_with(uint64_t size, uint32_t block, bool is_read_only)
 {
-    static struct image writable, read_only = {.is_read_only = true};
-
     return (struct device){
-        .image = is_read_only ? &read_only : &writable,
         .limits = {.size_bytes = size,
                    .min_block_bytes = block,
                    .preferred_block_bytes = 4096,
-                   .max_transfer_bytes = LIMITS_MAX_TRANSFER_BYTES},
+                   .max_transfer_bytes = LIMITS_MAX_TRANSFER_BYTES,
+                   .is_read_only = is_read_only},
     };
 }
 

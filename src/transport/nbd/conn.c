@@ -399,7 +399,7 @@ static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_reques
     rq->done = conn_rq_done;
     // Before memory is given out, and before a payload is read that nobody will take.
     if (!*error)
-        *error = device_check(conn->dev, rq);
+        *error = device_check(&conn->queue->limits, rq);
     if (*error)
         return nrq;
     if (rq->op == REQ_OP_READ || rq->op == REQ_OP_WRITE)

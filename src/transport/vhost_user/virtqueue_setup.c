@@ -197,7 +197,7 @@ static int virtqueue_set_base(struct virtqueue *vq)
 {
     if (!vq->is_packed) {
         vq->avail = (uint16_t)vq->base;
-        vq->used = le16toh(vq->used_ring->idx);
+        vq->used = le16toh(__atomic_load_n(&vq->used_ring->idx, __ATOMIC_RELAXED)); // the guest may be at it
         return 0;
     }
     // The places of what is available next and used next are the same: nothing is in flight.
