@@ -58,8 +58,10 @@ int io_create(struct io **io, struct device *dev, const struct image *image, con
     (*io)->dev = dev;
     (*io)->image = image;
     ret = ops->init ? ops->init(*io, spec, err) : 0;
-    if (ret < 0)
+    if (ret < 0) {
         free(*io);
+        *io = NULL;
+    }
     return ret;
 }
 

@@ -37,8 +37,10 @@ int map_create(struct map **map, const char *name, struct device *dev, struct im
     (*map)->image = image;
     (*map)->device_fd = -1;
     ret = ops->open(*map, err);
-    if (ret < 0)
+    if (ret < 0) {
         free(*map);
+        *map = NULL;
+    }
     return ret;
 }
 

@@ -221,7 +221,12 @@ class Changes(Attached):
             with self.subTest(args):
                 self.bight("set", "disk", *args, status=2)
                 self.assertRegex(self.stderr, r"^bight: [^\n]+; [^\n]+\n$")
-        self.assertEqual(self.show("disk")["io"], "direct")
+        for setting in ("io=fault:nonsense", "io=fault", "map=fastfs"):  # what only opening it can tell
+            self.bight("set", "disk", "readonly=on", setting, status=None)
+            if not self.stderr:  # it can be had here
+                self.bight("set", "disk", "readonly=off", "io=direct", "map=linear")
+        shown = self.show("disk")
+        self.assertEqual([shown[key] for key in ("io", "map", "read_only", "restarts")], ["direct", "linear", False, 0])
 
     @harness.need("fio")
     def test_changes_under_load_show_no_error(self):
