@@ -229,12 +229,12 @@ static int attach_run(struct attach *attach, int answer_fd)
     ret = attach_claim(attach, &err);
     if (ret < 0)
         goto out;
+    attach_remember(attach); // Y3
     ret = attach_hold(attach, &err);
     if (ret < 0) {
         state_remove(&attach->state);
         goto out;
     }
-    attach_remember(attach);
     if (!options->is_foreground) {
         int log_fd = openat(attach->state.fd, "log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 
@@ -251,7 +251,8 @@ static int attach_run(struct attach *attach, int answer_fd)
                        .nr_images = 1,
                        .ring_name = options->ring_name,
                        .nr_workers = options->nr_workers,
-                       .max_connections = options->max_connections},
+                       .max_connections = options->max_connections,
+                       .poll_ns = options->poll_us * 1000ULL},
             .holds = &attach->holds,
             .dir = &attach->state,
             .answer_fd = answer_fd,
@@ -310,6 +311,9 @@ static int attach_background(struct attach *attach)
         return attach_wait(answer[0]);
     }
     close(answer[0]);
+    // Locks and pipes of who called are not ours to keep: a script may wait for the end of them.
+    close_range(STDERR_FILENO + 1, (unsigned)answer[1] - 1, 0);
+    close_range((unsigned)answer[1] + 1, ~0U, 0);
     setsid();
     null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
     dup2(null_fd, STDIN_FILENO);

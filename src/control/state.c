@@ -19,6 +19,10 @@
 #define MAX_NUMBER 1000000       // NAME-2...
 #define MAX_FILE_BYTES (1 << 20) // of state_read()
 
+// All that is ever in a directory.
+static const char *const files[] = {"command", "control", "state",    "log",
+                                    "data",    "nbd",     ".command", ".state"};
+
 static bool is_name_char(char c)
 {
     return isalnum((unsigned char)c) || c == '.' || c == '_' || c == '-';
@@ -211,30 +215,45 @@ void state_wait_dead(const struct state *state)
     lock(state->fd, LOCK_EX);
 }
 
-void state_remove(const struct state *state)
+// Y3. An empty one is of an attach that did not come further.
+static bool is_device(const char *base, const char *name)
 {
-    char base[STATE_PATH_MAX];
-    int base_fd = base_open(base, &(struct err){.line = ""}), fd = dup(state->fd);
-    struct stat ours, there;
+    char path[STATE_PATH_MAX + STATE_NAME_MAX];
     struct dirent *entry;
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    bool has_command = false, is_empty = true;
+    DIR *dir;
 
-    if (base_fd >= 0)
-        lock(base_fd, LOCK_EX); // Y2
-    // Only if it is the same one still.
-    if (dir && !fstat(state->fd, &ours) && !stat(state->path, &there) && ours.st_ino == there.st_ino) {
-        // A file that is mounted on is about to be unmounted (transport/fuse/mount.c, M1).
-        for (unsigned i = 0; i < REMOVE_TRIES; i++) {
-            while ((entry = readdir(dir)))
-                unlinkat(state->fd, entry->d_name, 0);
-            if (!rmdir(state->path) || (errno != ENOTEMPTY && errno != EBUSY))
-                break;
-            usleep(REMOVE_PAUSE_US);
-            rewinddir(dir);
-        }
+    snprintf(path, sizeof(path), "%s/%s", base, name);
+    dir = opendir(path);
+    while (dir && (entry = readdir(dir))) {
+        has_command |= !strcmp(entry->d_name, files[0]);
+        is_empty &= entry->d_name[0] == '.';
     }
     if (dir)
         closedir(dir);
+    return dir && (has_command || is_empty);
+}
+
+void state_remove(const struct state *state)
+{
+    char base[STATE_PATH_MAX];
+    int base_fd = base_open(base, &(struct err){.line = ""});
+    struct stat ours, there;
+
+    if (base_fd >= 0)
+        lock(base_fd, LOCK_EX); // Y2
+    // Only if it is the same one still, and a device's.
+    if (base_fd >= 0 && !fstat(state->fd, &ours) && !stat(state->path, &there) &&
+        ours.st_ino == there.st_ino && is_device(base, state->name)) {
+        // A file that is mounted on is about to be unmounted (transport/fuse/mount.c, M1).
+        for (unsigned i = 0; i < REMOVE_TRIES; i++) {
+            for (unsigned f = ARRAY_SIZE(files); f--;) // Y3: the first one last
+                unlinkat(state->fd, files[f], 0);
+            if (!rmdir(state->path) || (errno != ENOTEMPTY && errno != EBUSY))
+                break;
+            usleep(REMOVE_PAUSE_US);
+        }
+    }
     if (base_fd >= 0)
         close(base_fd);
 }
@@ -251,7 +270,7 @@ int state_each(void (*each)(const char *name, void *arg), void *arg, struct err 
     if (nr < 0)
         return errno == ENOENT ? 0 : err_set(err, -errno, "%s: %s", base, strerror(errno));
     for (int i = 0; i < nr; i++) {
-        if (state_is_name(entries[i]->d_name))
+        if (state_is_name(entries[i]->d_name) && is_device(base, entries[i]->d_name))
             each(entries[i]->d_name, arg);
         free(entries[i]);
     }

@@ -4,8 +4,12 @@
 //  Y1. Whoever serves the device (supervisor and worker) has a flock on the directory: without one, they
 //      are dead, whatever is left.
 //  Y2. Directories are made, and those of the dead removed, under the flock on BASE.
+//  Y3. The first file in it is "command": a directory that has other files, but not this one, is somebody
+//      else's, and is left alone.
 //
-// In it: "control", the socket; "state", JSON: what was asked for, for list and for cleaning up; "log".
+// In it: "command", JSON: who attached it and how, for bight recover; "control", the socket; "state", JSON:
+// what was asked for, for list and for cleaning up; "log"; "data" and "nbd", where no place was named for
+// those.
 #pragma once
 
 #include <stdbool.h>
@@ -44,10 +48,10 @@ bool state_take_dead(const struct state *state);
 // Waits until the last of those who serve it has ended.
 void state_wait_dead(const struct state *state);
 
-// Removes the directory and all in it.
+// Removes the directory and all in it that is ours.
 void state_remove(const struct state *state);
 
-// Calls each(name, arg) for all directories, in the order of names. 0 or a negative errno.
+// Calls each(name, arg) for all devices' directories (Y3), in the order of names. 0 or a negative errno.
 int state_each(void (*each)(const char *name, void *arg), void *arg, struct err *err);
 
 // A file in the directory, as a whole. Read: to be freed, or NULL. Write: 0 or a negative errno.

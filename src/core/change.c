@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "image/holder.h"
@@ -167,6 +168,18 @@ static int change_adjust_image(struct device_change *change)
     return ret;
 }
 
+// Another name for the file that is there already.
+static bool change_is_same(const struct device_change *change)
+{
+    struct stat there, wanted;
+
+    if (fstat(change->dev->image->fd, &there) < 0 || stat(change->path, &wanted) < 0)
+        return false;
+    if (S_ISBLK(there.st_mode))
+        return S_ISBLK(wanted.st_mode) && there.st_rdev == wanted.st_rdev;
+    return there.st_dev == wanted.st_dev && there.st_ino == wanted.st_ino;
+}
+
 static int change_flush(struct device_change *change)
 {
     int error = flush_all(change->dev);
@@ -221,7 +234,14 @@ static int change_open(struct device_change *change)
         return ret;
     change->old_flags = fcntl(dev->image->fd, F_GETFL);
     is_writable = (change->old_flags & O_ACCMODE) == O_RDWR;
-    if (change->path || (!options->image.is_read_only && !is_writable))
+    if (change->path && change_is_same(change)) {
+        device_change_end(change);
+        ret = change_adjust_image(change);
+        if (!ret && change->next.size_bytes != dev->image->size_bytes)
+            ret =
+                err_set(&change->err, -EINVAL,
+                        "%s: is its image already, and has another size; use bight resize", dev->image->path);
+    } else if (change->path || (!options->image.is_read_only && !is_writable))
         ret = change_open_image(change);
     else
         ret = change_adjust_image(change);

@@ -70,6 +70,7 @@ static void a_directory_is_its_holders_until_it_ends(void **state)
     assert_int_equal(state_open(&seen, "disk", &err), 0);
     assert_true(state_is_alive(&seen));
     assert_false(state_take_dead(&seen));
+    assert_int_equal(state_write(&first, "command", "{}"), 0);
     assert_int_equal(state_write(&first, "state", "{}"), 0);
     text = state_read(&seen, "state");
     assert_string_equal(text, "{}");
@@ -86,6 +87,29 @@ static void a_directory_is_its_holders_until_it_ends(void **state)
     assert_int_equal(state_open(&seen, "../disk", &err), -ENOENT);
     state_remove(&second);
     state_close(&second);
+    assert_int_equal(rmdir(base), 0);
+}
+
+static void directories_of_others_are_left_alone(void **state)
+{
+    char base[] = "/tmp/bight-unit.XXXXXX", path[100];
+    struct state seen;
+    unsigned nr = 0;
+
+    (void)state;
+    assert_non_null(mkdtemp(base));
+    setenv("BIGHT_RUN_DIR", base, 1);
+    snprintf(path, sizeof(path), "%s/theirs", base);
+    assert_int_equal(mkdir(path, 0700), 0);
+    assert_int_equal(state_open(&seen, "theirs", &err), 0);
+    assert_int_equal(state_write(&seen, "log", "precious"), 0);
+    assert_int_equal(state_each(count, &nr, &err), 0);
+    assert_int_equal(nr, 0);
+    state_remove(&seen);
+    assert_int_equal(faccessat(seen.fd, "log", F_OK, 0), 0);
+    assert_int_equal(unlinkat(seen.fd, "log", 0), 0);
+    state_close(&seen);
+    assert_int_equal(rmdir(path), 0);
     assert_int_equal(rmdir(base), 0);
 }
 
@@ -126,6 +150,7 @@ int main(void)
         cmocka_unit_test(names_are_made_of_images),
         cmocka_unit_test(what_is_no_name_is_refused),
         cmocka_unit_test(a_directory_is_its_holders_until_it_ends),
+        cmocka_unit_test(directories_of_others_are_left_alone),
         cmocka_unit_test(a_request_is_one_object_of_our_version),
     };
 
