@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -17,13 +18,17 @@
 #include "control/http.h"
 #include "control/verbs.h"
 #include "core/change.h"
+#include "core/stats.h"
 #include "io/io.h"
 #include "ring/ring.h"
 #include "util/notify.h"
 #include "util/unix_socket.h"
 #include "util/util.h"
 
-#define MAX_DEATHS 5 // P4
+// P4
+#define MAX_VAIN_DEATHS 5
+#define LONG_LIFE_SEC 60
+#define MAX_DEATHS 100
 #define DEATHS_SEC 60
 
 // From a worker to its supervisor: one datagram each.
@@ -56,6 +61,11 @@ struct supervisor {
     struct err err; // what it has said last
     int image_fd;   // P2; -1
     struct message image;
+    // P4.
+    struct queue_stats *stats; // the workers' counters, in memory that outlives them
+    size_t stats_bytes;
+    uint64_t started_ns, nr_served; // when the worker was started, and what had been served before
+    unsigned nr_vain_deaths;
     uint64_t deaths_ns[MAX_DEATHS]; // the latest
 };
 
@@ -273,6 +283,31 @@ static void supervisor_answer(struct supervisor *supervisor, const char *text)
     supervisor->answer_fd = -1;
 }
 
+// Requests that were served without an error, by all workers.
+static uint64_t supervisor_served(const struct supervisor *supervisor)
+{
+    uint64_t nr = 0;
+
+    for (unsigned i = 0; i < supervisor->worker.device.nr_queues; i++) {
+        for (unsigned op = 0; op < REQ_OP_NR; op++)
+            nr += atomic_load(&supervisor->stats[i].op[op].nr_done) -
+                  atomic_load(&supervisor->stats[i].op[op].nr_errors);
+    }
+    return nr;
+}
+
+static int supervisor_share_stats(struct supervisor *supervisor)
+{
+    struct queue_stats *stats;
+
+    supervisor->stats_bytes = supervisor->worker.device.nr_queues * sizeof(*stats);
+    stats = mmap(NULL, supervisor->stats_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (stats == MAP_FAILED)
+        return err_set(&supervisor->err, -errno, "memory for counters: %s", strerror(errno));
+    supervisor->worker.device.stats = supervisor->stats = stats;
+    return 0;
+}
+
 static int supervisor_start_worker(struct supervisor *supervisor)
 {
     int channel[2], guard[2], ret;
@@ -297,6 +332,8 @@ static int supervisor_start_worker(struct supervisor *supervisor)
     close(guard[1]);
     supervisor->channel_fd = channel[0];
     supervisor->guard_fd = guard[0];
+    supervisor->started_ns = util_now_ns();
+    supervisor->nr_served = supervisor_served(supervisor);
     return 0;
 
 out_guard:
@@ -450,20 +487,38 @@ static void describe_death(char *text, size_t bytes, int status)
         snprintf(text, bytes, "the worker ended with status %d", WEXITSTATUS(status));
 }
 
+// P4: whether this death was the last one, and why.
+static bool supervisor_is_hopeless(struct supervisor *supervisor, char *why, size_t why_bytes)
+{
+    uint64_t now_ns = util_now_ns();
+
+    if (supervisor_served(supervisor) > supervisor->nr_served ||
+        now_ns - supervisor->started_ns >= LONG_LIFE_SEC * NSEC_PER_SEC)
+        supervisor->nr_vain_deaths = 0;
+    else
+        supervisor->nr_vain_deaths++;
+    memmove(supervisor->deaths_ns, supervisor->deaths_ns + 1,
+            sizeof(supervisor->deaths_ns) - sizeof(uint64_t));
+    supervisor->deaths_ns[MAX_DEATHS - 1] = now_ns;
+    if (supervisor->nr_vain_deaths == MAX_VAIN_DEATHS)
+        snprintf(why, why_bytes, "%.200s, the %dth time in a row before it had served anything",
+                 supervisor->facts.reason, MAX_VAIN_DEATHS);
+    else if (supervisor->deaths_ns[0] && now_ns - supervisor->deaths_ns[0] < DEATHS_SEC * NSEC_PER_SEC)
+        snprintf(why, why_bytes, "%.200s, the %dth time in %d seconds", supervisor->facts.reason, MAX_DEATHS,
+                 DEATHS_SEC);
+    else
+        return false;
+    return true;
+}
+
 // The worker is dead, and so are its rings (P3).
 static void supervisor_replace_worker(struct supervisor *supervisor)
 {
-    uint64_t now_ns = util_now_ns();
     char why[320];
 
     close(supervisor->guard_fd);
     supervisor->guard_fd = -1;
-    memmove(supervisor->deaths_ns, supervisor->deaths_ns + 1,
-            sizeof(supervisor->deaths_ns) - sizeof(uint64_t));
-    supervisor->deaths_ns[MAX_DEATHS - 1] = now_ns;
-    if (supervisor->deaths_ns[0] && now_ns - supervisor->deaths_ns[0] < DEATHS_SEC * NSEC_PER_SEC) {
-        snprintf(why, sizeof(why), "%.200s, the %dth time in %d seconds", supervisor->facts.reason,
-                 MAX_DEATHS, DEATHS_SEC);
+    if (supervisor_is_hopeless(supervisor, why, sizeof(why))) {
         supervisor_give_up(supervisor, why);
     } else {
         supervisor->facts.nr_restarts++;
@@ -606,7 +661,9 @@ int supervisor_run(const struct supervisor_options *options, struct err *err)
     supervisor.worker.stopped = worker_stopped;
     supervisor.worker.committed = worker_committed;
     transport_hold_uri(&options->holds->holds[0], supervisor.facts.device, sizeof(supervisor.facts.device));
-    ret = supervisor_catch_signals(&supervisor);
+    ret = supervisor_share_stats(&supervisor);
+    if (!ret)
+        ret = supervisor_catch_signals(&supervisor);
     if (!ret)
         ret = supervisor_listen(&supervisor);
     if (!ret)
@@ -618,6 +675,7 @@ int supervisor_run(const struct supervisor_options *options, struct err *err)
     }
     supervisor_loop(&supervisor);
     supervisor_release(&supervisor);
+    munmap(supervisor.stats, supervisor.stats_bytes);
     if (!supervisor.is_ready)
         *err = supervisor.err;
     else if (supervisor.ret < 0 && supervisor.err.line[0])

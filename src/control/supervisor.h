@@ -6,8 +6,10 @@
 //      descriptor of the image (with the image's locks): the worker inherits them.
 //  P3. The next worker starts when the one before is dead and the kernel has taken its rings apart, so
 //      that nothing of it is in flight any more. Each ring has the other end of a pipe (ring_guard_fd).
-//  P4. A worker that stopped because it was asked to is not replaced. One that was killed is, at once;
-//      after MAX_DEATHS in DEATHS_SEC it is given up, and what is held let go of: who waits gets errors.
+//  P4. A worker that stopped because it was asked to is not replaced. One that was killed is, at once. It is
+//      given up, and what is held let go of (who waits gets errors), after MAX_VAIN_DEATHS in a row of
+//      workers that served nothing and did not live for LONG_LIFE_SEC, and, for what kills who serves it
+//      beside requests that do not, after MAX_DEATHS in DEATHS_SEC.
 //  P5. A worker whose supervisor has died goes on, and cleans up itself when it is detached.
 #pragma once
 

@@ -32,6 +32,7 @@ struct device_options {
     uint64_t writeback_bytes;        // of memory for write-back; 0: none
     uint64_t allocation_unit_bytes;  // of write-back; 0: WRITEBACK_UNIT_BYTES
     uint64_t extent_size_hint_bytes; // set on the image; 0: not
+    struct queue_stats *stats;       // of nr_queues queues, who goes on counting; NULL: the device's own
     struct image_options image;
 };
 
@@ -56,6 +57,7 @@ struct device {
     unsigned depth;
     unsigned nr_queues;
     struct queue *queues;
+    struct queue_stats *own_stats;               // or NULL: options.stats
     struct writeback *writeback;                 // NULL: requests go straight to map and io
     atomic_uint next_queue;                      // for device_pick_queue()
     atomic_int flush_error;                      // sticky (core/flush.c F2)

@@ -239,11 +239,20 @@ static int device_start_queues(struct device *dev, const struct device_options *
     if (!dev->queues)
         return err_set(err, -ENOMEM, "%s: out of memory", dev->name);
     memset(dev->queues, 0, options->nr_queues * sizeof(*dev->queues));
+    if (!options->stats)
+        dev->own_stats = calloc(options->nr_queues, sizeof(*dev->own_stats));
+    if (!options->stats && !dev->own_stats) {
+        free(dev->queues);
+        return err_set(err, -ENOMEM, "%s: out of memory", dev->name);
+    }
     for (unsigned i = 0; i < options->nr_queues; i++) {
         struct queue *queue = &dev->queues[i];
 
         queue->dev = dev;
         queue->index = i;
+        queue->stats = options->stats ? &options->stats[i] : &dev->own_stats[i];
+        atomic_store(&queue->stats->nr_inflight,
+                     0); // what was under way in a worker that died is not any more
         ret = queue_start(dev, queue, options->ring, err);
         if (ret < 0) {
             device_stop_queues(dev, i);
@@ -317,6 +326,7 @@ static void device_free(struct device *dev)
     free((char *)dev->options.io);
     free((char *)dev->options.map);
     free(dev->image);
+    free(dev->own_stats);
     free(dev->name);
     free(dev);
 }

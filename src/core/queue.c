@@ -67,7 +67,7 @@ static void rq_punch_ended(struct ring_op *op, int res)
 void rq_end(struct rq *rq, int error)
 {
     struct queue *queue = rq->queue;
-    struct op_stats *stats = &queue->stats.op[rq->op];
+    struct op_stats *stats = &queue->stats->op[rq->op];
 
     assert(error <= 0);
     rq->error = error;
@@ -83,7 +83,7 @@ void rq_end(struct rq *rq, int error)
     else
         stats_add(&stats->nr_bytes, rq->len_bytes);
     stats_add(&stats->latency[stats_bucket(queue->ring->now_ns - rq->start_ns)], 1);
-    stats_add(&queue->stats.nr_inflight, -1U);
+    stats_add(&queue->stats->nr_inflight, -1U);
     queue_count_out(queue);
     rq->done(rq); // Q2
 }
@@ -299,7 +299,7 @@ void queue_submit(struct queue *queue, struct rq *rq)
     rq->ran = NULL;
     rq->part_phase = 0;
     rq->is_punching = false;
-    stats_add(&queue->stats.nr_inflight, 1);
+    stats_add(&queue->stats->nr_inflight, 1);
     if (queue->is_frozen)
         queue_hold(queue, rq);
     else

@@ -32,7 +32,7 @@ struct queue {
     struct rq *held, **held_tail; // waiting for the end of the freeze
     unsigned nr_parts[2], phase;  // Q4: new ones count in nr_parts[phase]
     bool is_barrier_due;
-    struct queue_stats stats;
+    struct queue_stats *stats;
     struct plug plug;
 
     // Messages from other threads (lifecycle.c).

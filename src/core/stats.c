@@ -36,7 +36,7 @@ void stats_sum(const struct device *dev, struct queue_stats *sum)
 {
     memset(sum, 0, sizeof(*sum));
     for (unsigned q = 0; q < dev->nr_queues; q++) {
-        const struct queue_stats *stats = &dev->queues[q].stats;
+        const struct queue_stats *stats = dev->queues[q].stats;
 
         stats_add(&sum->nr_inflight, atomic_load(&stats->nr_inflight));
         for (unsigned i = 0; i < REQ_OP_NR; i++) {

@@ -1,4 +1,5 @@
-// Counters of a queue: written by its thread alone, read by any.
+// Counters of a queue: written by its thread alone, read by any; also by another process, and after the end
+// of the one that wrote them (control/supervisor.h).
 #pragma once
 
 #include <stdatomic.h>
@@ -19,8 +20,8 @@ struct op_stats {
 };
 
 struct queue_stats {
-    struct op_stats op[REQ_OP_NR];
     _Atomic unsigned nr_inflight;
+    struct op_stats op[REQ_OP_NR]; // the last one is rare: queues are neighbours in an array
 };
 
 // No lock prefix: there is one writer.

@@ -107,10 +107,12 @@ def qemu_io(uri, *commands, status=0):
 
 
 class Load:
-    """fio writes to an NBD URI and verifies, as long as the block lasts; an error of it is ours."""
+    """fio writes to an NBD URI, or a file, and verifies, as long as the block lasts; an error of it is ours."""
 
-    def __init__(self, uri, size, seconds=600, extra=()):
-        self.command = ["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=16",
+    def __init__(self, where, size, seconds=600, extra=(), kind="nbd"):
+        target = {"nbd": ["--ioengine=nbd", f"--uri={where}"],
+                  "file": ["--ioengine=libaio", "--direct=1", f"--filename={where}", "--thread"]}[kind]
+        self.command = ["fio", "--name=load", *target, "--rw=randwrite", "--bs=4k", "--iodepth=16",
                         f"--size={size}", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_backlog=64",
                         "--verify_state_save=0", "--time_based", f"--runtime={seconds}", *extra]
 

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """bight attach, list, show, set, switch, resize, detach, stats: as people use them, and when things die."""
 import concurrent.futures
+import contextlib
 import glob
 import json
 import os
@@ -186,8 +187,27 @@ class Images(Attached):
                 self.assertRegex(done.stderr, rf"^bight: [^\n]*{re.escape(text)}[^\n]*\n$")
                 self.assertEqual(os.listdir(self.run_dir), [])
 
+    def test_what_the_caller_has_open_is_not_kept_open(self):
+        ours, theirs = os.pipe()
+        command = [harness.BIGHT, "attach", self.image(size=M), *self.nbd()]
+        subprocess.run(command, env=self.env(), pass_fds=(theirs,), stdout=subprocess.DEVNULL, check=True)
+        os.close(theirs)
+        self.assertEqual(os.read(ours, 1), b"")  # its end, and no wait for the device's
+        os.close(ours)
+
+    def test_directories_of_others_are_neither_devices_nor_cleaned_up(self):
+        theirs = os.path.join(self.run_dir, "theirs")
+        os.mkdir(theirs)
+        harness.write_file(os.path.join(theirs, "state"), b"precious")
+        self.assertEqual(self.list(), {})
+        self.bight("detach", "--all", "--force")
+        self.bight("detach", "--force", "theirs", status=None)
+        self.assertEqual(harness.read_file(os.path.join(theirs, "state")), b"precious")
+        os.unlink(os.path.join(theirs, "state"))
+        os.rmdir(theirs)
+
     def test_many_at_once(self):
-        count = 20 if harness.QUICK or harness.sanitized() else 100
+        count = 20 if harness.QUICK or harness.sanitized() else 500 if os.environ.get("BIGHT_TEST_LONG") == "1" else 40
         images = [self.image(size=M, name="disk.img" if i == 0 else f"{i}-disk.img") for i in range(count)]
         for i, image in enumerate(images):  # the same name for all
             os.mkdir(self.path(str(i)))
@@ -301,6 +321,11 @@ class Changes(Attached):
         for image, text in ((small, "sizes have to match"), (taken, "bight:taken"), (self.path("none"), "No such file")):
             self.bight("switch", "disk", image, status=1)
             self.assertIn(text, self.stderr)
+        self.bight("switch", "disk", self.disk)  # which is there: nothing to do
+        os.truncate(self.disk, 2 * self.SIZE)
+        self.bight("switch", "disk", self.disk, status=1)
+        self.assertIn("another size; use bight resize", self.stderr)
+        os.truncate(self.disk, self.SIZE)
         qemu_io(self.uri, "write -P 5 0 64k", "read -P 5 0 64k")
         self.assertEqual(harness.read_file(self.disk)[:64 * K], b"\5" * 64 * K)
 
@@ -481,10 +506,7 @@ class Deaths(Attached):
     def test_flushed_writes_survive_twenty_deaths(self):
         """Each round writes and flushes a new pattern while another writer keeps the worker busy."""
         data = {}
-        for number in range(20 if not harness.QUICK else 4):
-            if number % 4 == 3:  # so that it is not given up: the limit is on deaths a minute
-                self.bight("detach", "--force", "disk")
-                self.attach(self.disk, "--nbd", f"unix:{self.sock('sock')}")
+        for number in range(20 if not harness.QUICK else 6):
             with harness.raw.connect(self.sock('sock'), "structured", "", False) as client:
                 block = harness.pattern(256 * K, number)
                 client.write(number % 8 * M, block)
@@ -496,6 +518,33 @@ class Deaths(Attached):
             with harness.raw.connect(self.sock('sock'), "structured", "", False) as client:
                 for at, block in data.items():
                     self.assertTrue(client.read(at * M, 256 * K) == block)
+        self.assertEqual(self.show("disk")["restarts"], number + 1)
+
+    @unittest.skipUnless(os.environ.get("BIGHT_TEST_LONG") == "1", "takes long; set BIGHT_TEST_LONG=1")
+    def test_a_worker_that_dies_again_and_again_is_given_up_also_when_it_serves(self):
+        def killed():
+            with harness.raw.connect(self.sock('sock'), "structured", "", False) as client:
+                client.read(0, 4096)
+                worker = self.show_or_none("disk").get("worker_pid")
+                if worker:
+                    os.kill(worker, signal.SIGKILL)
+                    harness.wait_until(lambda: not alive(worker), "the worker's end")
+
+        deaths = 0
+        while self.show_or_none("disk").get("state") != "failed":
+            with contextlib.suppress(OSError, harness.raw.Closed):
+                killed()
+                deaths += 1
+        self.assertIn("100th time in 60 seconds", self.show("disk")["reason"])
+        self.assertEqual(deaths, 100)
+
+    def test_counters_outlive_the_worker(self):
+        qemu_io(self.uri, "write 0 1M", "flush")
+        before = json.loads(self.bight("stats", "--json", "disk"))["ops"]["write"]
+        self.kill_worker("disk")
+        after = json.loads(self.bight("stats", "--json", "disk"))
+        self.assertEqual(after["ops"]["write"], before)
+        self.assertEqual(after["in_flight"], 0)
 
 
 class Protocol(Attached):

@@ -71,11 +71,15 @@ static void percentiles_are_the_upper_ends_of_their_buckets(void **state)
 }
 
 static struct queue queues[3];
+static struct queue_stats stats[3];
 static char dev_name[] = "disk";
 
 static struct device device_of_queues(void)
 {
     memset(queues, 0, sizeof(queues));
+    memset(stats, 0, sizeof(stats));
+    for (unsigned i = 0; i < ARRAY_SIZE(queues); i++)
+        queues[i].stats = &stats[i];
     return (struct device){.name = dev_name, .queues = queues, .nr_queues = ARRAY_SIZE(queues)};
 }
 
@@ -86,9 +90,9 @@ static void the_sum_covers_every_queue_and_counter(void **state)
 
     (void)state;
     for (unsigned q = 0; q < ARRAY_SIZE(queues); q++) {
-        stats_add(&queues[q].stats.nr_inflight, q);
+        stats_add(&queues[q].stats->nr_inflight, q);
         for (unsigned i = 0; i < REQ_OP_NR; i++) {
-            struct op_stats *op = &queues[q].stats.op[i];
+            struct op_stats *op = &queues[q].stats->op[i];
 
             stats_add(&op->nr_done, 100 + i);
             stats_add(&op->nr_errors, i);
@@ -116,10 +120,10 @@ static void the_table_names_each_op_that_was_used_and_no_other(void **state)
     FILE *file = open_memstream(&text, &len);
 
     (void)state;
-    stats_add(&queues[1].stats.op[REQ_OP_WRITE].nr_done, 12);
-    stats_add(&queues[1].stats.op[REQ_OP_WRITE].nr_errors, 3);
-    stats_add(&queues[2].stats.op[REQ_OP_WRITE].nr_bytes, 36864);
-    stats_add(&queues[2].stats.op[REQ_OP_PREFETCH].nr_done, 1);
+    stats_add(&queues[1].stats->op[REQ_OP_WRITE].nr_done, 12);
+    stats_add(&queues[1].stats->op[REQ_OP_WRITE].nr_errors, 3);
+    stats_add(&queues[2].stats->op[REQ_OP_WRITE].nr_bytes, 36864);
+    stats_add(&queues[2].stats->op[REQ_OP_PREFETCH].nr_done, 1);
     stats_print(&dev, file);
     fclose(file);
     assert_non_null(strstr(text, "disk: 0 in flight\n"));
