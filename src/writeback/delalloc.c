@@ -168,6 +168,8 @@ void delalloc_refresh(struct delalloc *delalloc)
 
         max_delayed = free > margin ? (int64_t)((free - margin) / CACHE_PAGE_BYTES) : 0;
     }
+    if (atomic_load(&delalloc->is_refused))
+        max_delayed = 0;
     if (!atomic_load(&delalloc->is_tight))
         atomic_store(&delalloc->cache->max_delayed, max_delayed);
 }
@@ -185,8 +187,15 @@ static int64_t call_map(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     struct extent ext;
     int ret = map_extent(delalloc->map, start, end - start, true, true, &ext);
+    bool is_refused = ret == -ENOSPC || ret == -EDQUOT;
 
     atomic_fetch_add(&delalloc->nr_map_calls, 1);
+    if (ret >= 0 || is_refused)
+        atomic_store(&delalloc->is_refused, is_refused); // A5
+    // A full file system may refuse what needs no space, too.
+    if (is_refused && !map_extent(delalloc->map, start, end - start, false, true, &ext) &&
+        ext.state == EXTENT_MAPPED)
+        return (int64_t)ext.len_bytes;
     return ret < 0 ? ret : (int64_t)ext.len_bytes;
 }
 
@@ -261,13 +270,28 @@ static struct run find_run(struct delalloc *delalloc, uint64_t offset)
     return run;
 }
 
+// Whether the run is in a unit that has something already.
+static bool has_begun(struct delalloc *delalloc, const struct run *run)
+{
+    uint64_t end = min_of(round_up(run->end, delalloc->unit_bytes), delalloc->size_bytes);
+
+    for (uint64_t at = round_down(run->start, delalloc->unit_bytes); at < end;
+         at = place_next(delalloc, at)) {
+        uint8_t known = atomic_load(delalloc_place(delalloc, at));
+
+        if (known != PLACE_EMPTY && known != PLACE_UNKNOWN)
+            return true;
+    }
+    return false;
+}
+
 // Rounds a run out, but not into places that need no more.
 static void round_run(struct delalloc *delalloc, const struct run *run, uint64_t *start, uint64_t *end)
 {
     uint64_t unit = delalloc->unit_bytes;
 
-    // Nothing else is written close by: a file of specks stays small.
-    if (!run->has_neighbours && run->end - run->start < unit)
+    // Nothing else was written close by: a file of specks stays small.
+    if (!run->has_neighbours && run->end - run->start < unit && !has_begun(delalloc, run))
         unit = min_of(unit, LONE_BYTES);
     *start = round_down(run->start, unit);
     *end = min_of(round_up(run->end, unit), delalloc->size_bytes);
@@ -279,12 +303,13 @@ static void round_run(struct delalloc *delalloc, const struct run *run, uint64_t
         *end = round_down(*end - 1, place_bytes(delalloc));
 }
 
-// Whether the file system can give that much more than what is promised.
-static bool has_room(struct delalloc *delalloc, uint64_t bytes)
+// What the file system can give beyond what is promised, in whole units.
+static uint64_t room_bytes(struct delalloc *delalloc)
 {
     int64_t left = atomic_load(&delalloc->cache->max_delayed) - atomic_load(&delalloc->cache->nr_delayed);
 
-    return left > 0 && (uint64_t)left > bytes / CACHE_PAGE_BYTES;
+    left = left < 0 ? 0 : (int64_t)min_of((uint64_t)left, MAX_RUN_BYTES / CACHE_PAGE_BYTES * 2);
+    return round_down((uint64_t)left * CACHE_PAGE_BYTES, delalloc->unit_bytes);
 }
 
 int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end)
@@ -296,7 +321,8 @@ int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end)
 
     atomic_fetch_add(&delalloc->nr_runs, 1);
     round_run(delalloc, &run, &start, end);
-    if (has_room(delalloc, *end - start)) {
+    *end = min_of(*end, start + room_bytes(delalloc));
+    if (*end >= page_end) {
         ret = allocate_range(delalloc, start, *end, &at);
         if (!ret || at >= page_end)
             return 0; // the rest has its turn

@@ -9,6 +9,8 @@
 //      the other way round behind a punch that came meanwhile (nr_punches).
 //  A4. FRESH: allocated, and nothing was ever written there. Only write-back writes below, by one thread
 //      at a time, so what is FRESH reads as zeroes until that thread says otherwise.
+//  A5. When the map refuses space that the file system had told of (a quota, a share of a pool), nothing is
+//      promised until it has given some: each write is told whether there is space for it.
 #pragma once
 
 #include <pthread.h>
@@ -39,6 +41,7 @@ struct delalloc {
     pthread_mutex_t lock;    // of changes of places that A3 is about
     uint64_t nr_punches;     // lock
     atomic_bool is_tight;    // A2: nothing is promised until delalloc_refresh()
+    atomic_bool is_refused;  // A5
     _Atomic uint64_t nr_map_calls, nr_runs, nr_allocated_bytes;
 };
 

@@ -95,6 +95,54 @@ class Layout(Case):
             self.assertIn("no blocks yet", caught.exception.stderr)
 
 
+@need_root
+class FullDisk(Case):
+    def write(self, client, size, chance, held):
+        """16 pages at random, noted in held. Returns how many were refused."""
+        issued, refused = [], 0
+        for page in chance.sample(range(size // (4 * K)), 16):
+            number = chance.randrange(1 << 32)
+            issued.append((page, client.issue(raw.WRITE, page * 4 * K, data=struct.pack("<I", number) * K), number))
+        for page, cookie, number in issued:
+            error = client.wait(cookie).error
+            self.assertIn(error, (0, raw.ENOSPC))
+            refused += error != 0
+            if not error:
+                held[page] = number
+        return refused
+
+    def check(self, read, held):
+        for page, number in held.items():
+            self.assertEqual(read(page * 4 * K, 4 * K), struct.pack("<I", number) * K, f"page {page}")
+
+    def test_it_is_told_to_the_write_that_fills_it_and_the_others_are_kept(self):
+        size = 256 * M
+        for kind in ("xfs", "ext4"):
+            with self.subTest(kind=kind), harness.filesystem(kind, 320 * M) as point:
+                image = harness.write_file(os.path.join(point, "disk.img"), size=size)
+                filler = os.path.join(point, "filler")
+                with open(filler, "wb") as file:
+                    stat = os.statvfs(point)
+                    os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize - 24 * M)
+                with Server(image, args=["--writeback=8M"]) as server, server.connect() as client:
+                    held, refused, chance = {}, 0, random.Random(2)
+                    while refused < 100:
+                        refused += self.write(client, size, chance, held)
+                    client.flush()
+                    numbers = counters(server)
+                    self.assertEqual((numbers["dirty"], numbers["reserved"], numbers["failed"]), (0, 0, 0))
+                    self.check(client.read, held)
+                    # What has its place can be written for ever; and with space, all else.
+                    for page in list(held)[:100]:
+                        client.write(page * 4 * K, struct.pack("<I", held[page]) * K)
+                    os.unlink(filler)
+                    for _ in range(50):
+                        self.assertEqual(self.write(client, size, chance, held), 0)
+                    client.flush()
+                data = harness.read_file(image)
+                self.check(lambda at, length: data[at:at + length], held)
+
+
 class Limits(Case):
     def test_memory_is_bounded_when_each_page_has_one_sector(self):
         if harness.sanitized():

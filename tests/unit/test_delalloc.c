@@ -16,6 +16,7 @@ static struct {
     uint64_t free_blocks;
     int fail_at_call; // < 0: never
     int error;
+    bool is_strict; // full is full, also for what needs no space
     unsigned nr_creates, nr_looks, nr_wrong;
 } fake;
 
@@ -42,6 +43,8 @@ static int fake_create(uint64_t block, uint64_t nr_blocks, struct extent *ext)
         return fake.error;
     if (fake.max_bytes)
         nr_blocks = min_of(nr_blocks, fake.max_bytes / CACHE_PAGE_BYTES);
+    if (!fake.free_blocks && fake.is_strict)
+        return -ENOSPC;
     for (n = 0; n < nr_blocks; n++) {
         if (fake.is_allocated[block + n])
             continue;
@@ -174,6 +177,13 @@ static void test_a_lone_page_takes_a_chunk_only(void **state)
     assert_int_equal(allocate_all(&error), 0);
     assert_int_equal(fake.nr_creates, 2);
     assert_int_equal(NR_BLOCKS - fake.free_blocks, 2 * CACHE_CHUNK_PAGES);
+    // A second one close by, later: its unit takes no more calls.
+    write_pages(800, 1);
+    assert_int_equal(allocate_all(&error), 0);
+    write_pages(900, 1);
+    assert_int_equal(allocate_all(&error), 0);
+    assert_int_equal(fake.nr_creates, 3);
+    assert_int_equal(NR_BLOCKS - fake.free_blocks, 256 + CACHE_CHUNK_PAGES);
 }
 
 static void test_what_is_mapped_is_not_asked_for(void **state)
@@ -245,6 +255,22 @@ static void test_no_space(void **state)
     assert_int_equal(atomic_load(&cache.nr_delayed), 0);
 }
 
+static void test_what_is_mapped_needs_no_space(void **state)
+{
+    int error;
+
+    (void)state;
+    memset(fake.is_allocated, true, 8); // half a chunk, so it is not known to be mapped
+    fake.free_blocks = 0;
+    fake.is_strict = true;
+    write_pages(2, 1);
+    write_pages(7, 2);
+    assert_int_equal(atomic_load(&cache.nr_delayed), 3);
+    assert_int_equal(allocate_all(&error), 1);
+    assert_int_equal(error, -ENOSPC);
+    assert_int_equal(atomic_load(&cache.nr_delayed), 1);
+}
+
 static void test_rounding_is_left_out_where_space_is_promised(void **state)
 {
     int error;
@@ -277,6 +303,27 @@ static void test_nothing_is_promised_while_space_is_tight(void **state)
     atomic_store(&delalloc.is_tight, false);
     delalloc_refresh(&delalloc);
     write_pages(2, 1);
+}
+
+static void test_nothing_is_promised_after_a_refusal(void **state)
+{
+    char buf[CACHE_PAGE_BYTES] = "";
+    struct iovec iov = {buf, sizeof(buf)};
+    int error;
+
+    (void)state;
+    write_pages(0, 2);
+    fake.free_blocks = 1; // the file system tells of any amount, but there is a quota
+    assert_int_equal(allocate_all(&error), 1);
+    assert_int_equal(error, -ENOSPC);
+    delalloc_refresh(&delalloc);
+    assert_int_equal(page_cache_write(&cache, MiB, CACHE_PAGE_BYTES, &iov, delalloc_needs_space,
+                                      (void *)delalloc_place(&delalloc, MiB), NULL),
+                     -ENOSPC);
+    fake.free_blocks = 1000;
+    assert_int_equal(allocate_all(&error), 0);
+    delalloc_refresh(&delalloc);
+    write_pages(256, 1);
 }
 
 static void test_what_is_fresh(void **state)
@@ -332,8 +379,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_mapper_that_gives_less_is_asked_for_the_rest, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_call_that_fails_leaves_the_rest_delayed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_space, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_is_mapped_needs_no_space, setup, teardown),
         cmocka_unit_test_setup_teardown(test_rounding_is_left_out_where_space_is_promised, setup, teardown),
         cmocka_unit_test_setup_teardown(test_nothing_is_promised_while_space_is_tight, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_nothing_is_promised_after_a_refusal, setup, teardown),
         cmocka_unit_test_setup_teardown(test_what_is_fresh, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_mapped_place_with_a_hole_needs_space, setup, teardown),
         cmocka_unit_test_setup_teardown(test_the_last_page_of_an_odd_size, setup, teardown),
