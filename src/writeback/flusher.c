@@ -4,6 +4,11 @@
 //      without a gap, or with gaps that are FRESH (delalloc.h A4), which are written as zeroes: on an
 //      allocated but unwritten extent one write of 100 KiB costs less than ten of 4 KiB.
 //  G2. Gathering ends when no slot is free, and begins again when enough are.
+//  G3. A sync finds places for all that is DELAYED before it writes anything: file systems wait for a
+//      file's direct I/O before they allocate. DELAYED pages that come in later are the next one's.
+//  G4. A pass begins when there is much to write; but who flushes often waits for all that is dirty then.
+//      So it begins at a quarter of what came between the last two flushes, and the client writes on
+//      meanwhile, until twice as much has come without another one.
 
 #include <assert.h>
 #include <errno.h>
@@ -209,30 +214,38 @@ static uint64_t slot_fill(struct writeback *wb, struct wb_slot *slot)
     return at;
 }
 
-// One step of a sync: a place, a write, or something passed over. false: no slot is free.
+// G3
+static void find_places(struct writeback *wb, struct wb_sync *sync)
+{
+    struct dirty_at at;
+    uint64_t end;
+
+    while (page_cache_find(&wb->cache, sync->placed_end, sync->end, true, &at)) {
+        int ret = delalloc_allocate(&wb->delalloc, at.offset, &end);
+
+        sync->placed_end = at.offset;
+        if (ret < 0) {
+            sync_failed(wb, sync, ret);
+            sync->placed_end = round_up(end, CACHE_PAGE_BYTES);
+            page_cache_fail(&wb->cache, at.offset, sync->placed_end);
+        }
+    }
+    sync->placed_end = sync->end;
+}
+
+// One step of a sync: a write, or something passed over. false: no slot is free.
 static bool gather_step(struct writeback *wb, struct wb_sync *sync)
 {
     struct dirty_at at;
     struct wb_slot *slot;
     uint64_t end, blocked_end;
-    int ret;
 
     if (!page_cache_find(&wb->cache, sync->cursor, sync->end, false, &at)) {
         sync->is_gathered = true;
         return true;
     }
-    if (at.is_delayed) {
-        ret = delalloc_allocate(&wb->delalloc, at.offset, &end);
-        if (ret < 0) {
-            sync_failed(wb, sync, ret);
-            page_cache_fail(&wb->cache, round_down(at.offset, CACHE_PAGE_BYTES),
-                            round_up(end, CACHE_PAGE_BYTES));
-            sync->cursor = round_up(end, CACHE_PAGE_BYTES);
-        }
-        return true;
-    }
-    if (at.is_busy) { // P3
-        sync->is_blocked = true;
+    if (at.is_delayed || at.is_busy) { // G3, P3
+        sync->is_blocked |= at.is_busy;
         sync->cursor = round_down(at.offset, CACHE_PAGE_BYTES) + CACHE_PAGE_BYTES;
         return true;
     }
@@ -280,6 +293,7 @@ static bool gather_sync(struct writeback *wb, struct wb_sync *sync)
         return true;
     if (sync->cursor == sync->start) // it begins, or begins again
         wb->fresh_sync = NULL;
+    find_places(wb, sync);
     while (!sync->is_gathered) {
         if (!gather_step(wb, sync))
             return false;
@@ -308,7 +322,7 @@ static int gather(struct ring_op *op)
 
 static void sync_begin(struct writeback *wb, struct wb_sync *sync)
 {
-    sync->cursor = sync->start;
+    sync->placed_end = sync->cursor = sync->start;
     sync->is_gathered = sync->is_blocked = false;
     sync->nr_unblocks_seen = atomic_load(&wb->nr_unblocks);
 }
@@ -387,11 +401,29 @@ static bool wants_pass(struct writeback *wb)
     if (atomic_load(&wb->nr_throttled))
         return true;
     return !home(wb)->is_frozen &&
-           (nr_used >= wb->background_pages || now_ns - wb->dirty_since_ns >= WB_MAX_AGE_NS);
+           (nr_used >= atomic_load(&wb->begin_pages) || now_ns - wb->dirty_since_ns >= WB_MAX_AGE_NS);
+}
+
+// Pages that came in since the last FLUSH.
+static uint64_t pages_since_flush(const struct writeback *wb)
+{
+    return (atomic_load(&wb->written_bytes) - wb->flushed_bytes) / CACHE_PAGE_BYTES +
+           atomic_load(&wb->cache.nr_dirty);
+}
+
+// G4
+static void flush_came(struct writeback *wb)
+{
+    uint64_t pages = max_of(pages_since_flush(wb) / WB_FLUSH_SHARE, WB_FLUSH_MIN_PAGES);
+
+    atomic_store(&wb->begin_pages, (unsigned)min_of(pages, wb->background_pages));
+    wb->flushed_bytes = atomic_load(&wb->written_bytes);
 }
 
 static void pass_begin(struct writeback *wb)
 {
+    if (pages_since_flush(wb) > 2ULL * WB_FLUSH_SHARE * atomic_load(&wb->begin_pages)) // G4
+        atomic_store(&wb->begin_pages, wb->background_pages);
     queue_count_in(home(wb));
     atomic_store(&wb->is_in_pass, true);
     wb->pass_flushes = wb->flushes;
@@ -561,6 +593,8 @@ static void sync_came(struct ring_op *op, int res)
     *list = rq;
     if (rq->op != REQ_OP_FLUSH)
         sync_begin(wb, &rq->wb.sync);
+    else
+        flush_came(wb);
     flusher_run(wb);
 }
 

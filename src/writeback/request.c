@@ -354,7 +354,8 @@ static void write_over(struct rq *rq)
     }
     // The first page after a while wants a tick; many want a pass.
     if (!atomic_load_explicit(&wb->is_ticking, memory_order_relaxed) ||
-        (atomic_load_explicit(&wb->cache.nr_used, memory_order_relaxed) >= wb->background_pages &&
+        (atomic_load_explicit(&wb->cache.nr_used, memory_order_relaxed) >=
+             atomic_load_explicit(&wb->begin_pages, memory_order_relaxed) &&
          !atomic_load_explicit(&wb->is_in_pass, memory_order_relaxed)))
         flusher_kick(wb);
     rq_end(rq, 0);

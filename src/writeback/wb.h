@@ -28,6 +28,8 @@
 #define WB_NR_SLOTS 64U
 #define WB_SLOT_PAGES 256U // 1 MiB a write
 #define WB_GAP_BYTES (32 * KiB)
+#define WB_FLUSH_SHARE 4 // G4
+#define WB_FLUSH_MIN_PAGES 64U
 #define WB_TICK_NS (NSEC_PER_SEC)
 #define WB_MAX_AGE_NS (5 * NSEC_PER_SEC)
 
@@ -50,14 +52,15 @@ struct writeback {
     struct delalloc delalloc;
     uint64_t size_bytes; // of memory
     uint64_t device_bytes;
-    unsigned background_pages; // a pass begins
+    unsigned background_pages; // a pass begins, at the latest
     unsigned soft_pages;       // writers are slowed down from here on
     char *zeroes;              // WB_GAP_BYTES of them
 
     // Any thread.
     atomic_bool is_kicked;
     struct ring_op kick_op;
-    atomic_int error; // the last write-back's
+    atomic_uint begin_pages; // a pass begins: G4
+    atomic_int error;        // the last write-back's
     _Atomic uint64_t written_bytes, nr_writes, nr_throttled_total, bytes_per_s;
     _Atomic uint64_t nr_unblocks; // a slot or a zeroing is over
     _Atomic int64_t credit;       // pages that may come in beyond soft_pages
@@ -88,6 +91,7 @@ struct writeback {
     struct rq *pass_tight;
     struct ring_op job_op, timer_op;
     uint64_t dirty_since_ns, retry_at_ns, rate_at_ns, rate_bytes;
+    uint64_t flushed_bytes; // written_bytes at the last FLUSH: G4
 };
 
 // ---- flusher.c

@@ -77,6 +77,7 @@ int writeback_create(struct writeback **out, struct device *dev, const struct wr
         goto out_cache;
     wb->background_pages = wb->cache.nr_frames / BACKGROUND_SHARE;
     wb->background_pages = max_of(1U, min_of(wb->background_pages, BACKGROUND_MAX_BYTES / CACHE_PAGE_BYTES));
+    atomic_store(&wb->begin_pages, wb->background_pages);
     wb->soft_pages = wb->cache.nr_frames - wb->cache.nr_frames / SOFT_SHARE;
     flusher_init(wb);
     // Its last write may be none of whole blocks, also while the device is frozen (D2 in io/direct.c).
