@@ -17,22 +17,25 @@
 #include "util/util.h"
 #include "vu_client.h"
 
-static const char usage_text[] = "usage: vu_load --socket PATH [OPTIONS]\n"
-                                 "\n"
-                                 "  --rw WHAT          randread (default), randwrite, read, write, randrw\n"
-                                 "  --bs BYTES         of a request (4K)\n"
-                                 "  --depth N          requests in flight in each queue (64)\n"
-                                 "  --queues N         each with a thread (1)\n"
-                                 "  --size BYTES       of the disk, from its beginning (all)\n"
-                                 "  --seconds N        how long, with fractions (2)\n"
-                                 "  --ramp N           seconds before that do not count (0.3)\n"
-                                 "  --ring-size N      (256)\n"
-                                 "  --poll             look for what is done, without interrupts\n"
-                                 "  --packed, --no-event-idx, --no-indirect, --no-flush\n"
-                                 "  --inflight         have requests in flight tracked\n"
-                                 "  --regions N        share the memory in so many pieces (1)\n"
-                                 "  --verify N         check N requests in random shapes instead\n"
-                                 "  --seed N           of what is random (1)\n";
+static const char usage_text[] =
+    "usage: vu_load --socket PATH [OPTIONS]\n"
+    "\n"
+    "  --rw WHAT          randread (default), randwrite, read, write, randrw\n"
+    "  --bs BYTES         of a request (4K)\n"
+    "  --depth N          requests in flight in each queue (64)\n"
+    "  --queues N         each with a thread (1)\n"
+    "  --size BYTES       of the disk, from its beginning (all)\n"
+    "  --seconds N        how long, with fractions (2)\n"
+    "  --ramp N           seconds before that do not count (0.3)\n"
+    "  --requests N       so many in each queue, and a flush, instead of --seconds\n"
+    "  --flush-every N    a flush after each N requests\n"
+    "  --ring-size N      (256)\n"
+    "  --poll             look for what is done, without interrupts\n"
+    "  --packed, --no-event-idx, --no-indirect, --no-flush\n"
+    "  --inflight         have requests in flight tracked\n"
+    "  --regions N        share the memory in so many pieces (1)\n"
+    "  --verify N         check N requests in random shapes instead\n"
+    "  --seed N           of what is random (1)\n";
 
 struct options {
     struct vuc_options vuc;
@@ -42,6 +45,7 @@ struct options {
     bool is_random, is_indirect;
     unsigned write_percent;
     unsigned nr_verify;
+    uint64_t nr_requests, flush_every; // 0: by time; never
 };
 
 struct worker {
@@ -49,6 +53,7 @@ struct worker {
     struct vuc_queue *queue;
     pthread_t thread;
     uint64_t seed, next_block;
+    uint64_t nr_begun, nr_unflushed; // nr_begun without flushes
     uint64_t nr_done, nr_errors, sum_ns, max_ns, begin_ns, end_ns, cpu_ns;
     uint64_t buckets[STATS_NR_BUCKETS];
 };
@@ -72,6 +77,13 @@ static uint64_t thread_cpu_ns(void)
 
 // ---- Load
 
+static void worker_prepare_flush(struct worker *worker, struct vuc_rq *rq)
+{
+    vuc_prepare(worker->queue, rq, VIRTIO_BLK_T_FLUSH, 0, 0, 0);
+    rq->is_indirect = worker->options->is_indirect;
+    worker->nr_unflushed = 0;
+}
+
 static void worker_prepare(struct worker *worker, struct vuc_rq *rq)
 {
     const struct options *options = worker->options;
@@ -82,6 +94,12 @@ static void worker_prepare(struct worker *worker, struct vuc_rq *rq)
     uint64_t data_at = vuc->data_at + (uint64_t)(worker->queue->index * options->depth + rq->slot) *
                                           round_up(options->bs_bytes, 4096);
 
+    if (options->flush_every && worker->nr_unflushed == options->flush_every) {
+        worker_prepare_flush(worker, rq);
+        return;
+    }
+    worker->nr_begun++;
+    worker->nr_unflushed++;
     if (options->is_random)
         block = next_random(&worker->seed) % nr_blocks;
     else
@@ -95,7 +113,7 @@ static void worker_count(struct worker *worker, struct vuc_rq *rq, uint64_t now_
 {
     uint64_t ns = now_ns - rq->begin_ns;
 
-    worker->nr_done++;
+    worker->nr_done += rq->nr_pieces > 2; // no flush
     worker->nr_errors += *vuc_status(worker->queue, rq) != VIRTIO_BLK_S_OK;
     worker->sum_ns += ns;
     worker->max_ns = max_of(worker->max_ns, ns);
@@ -110,6 +128,19 @@ static void worker_wait(struct worker *worker)
         fprintf(stderr, "vu_load: queue %u: nothing has come for 10 s\n", worker->queue->index);
 }
 
+// What --requests ends with; its time counts.
+static void worker_flush(struct worker *worker, struct vuc_rq *rq)
+{
+    worker_prepare_flush(worker, rq);
+    rq->begin_ns = util_now_ns();
+    vuc_submit(worker->queue, rq);
+    vuc_kick(worker->queue);
+    while (!vuc_reap(worker->queue))
+        worker_wait(worker);
+    worker->end_ns = util_now_ns();
+    worker_count(worker, rq, worker->end_ns);
+}
+
 static void *worker_main(void *arg)
 {
     struct worker *worker = arg;
@@ -120,6 +151,12 @@ static void *worker_main(void *arg)
     uint64_t end_ns = start_ns + ramp_ns + (uint64_t)(options->seconds * 1e9);
     unsigned nr_inflight = options->depth, nr_new;
 
+    if (options->nr_requests) {
+        ramp_ns = 0;
+        end_ns = UINT64_MAX;
+        worker->begin_ns = start_ns;
+        cpu_ns = thread_cpu_ns();
+    }
     for (unsigned i = 0; i < options->depth; i++) {
         rqs[i].slot = i;
         worker_prepare(worker, &rqs[i]);
@@ -144,7 +181,7 @@ static void *worker_main(void *arg)
                 worker_count(worker, rq, now_ns);
                 worker->end_ns = now_ns;
             }
-            if (now_ns >= end_ns) {
+            if (now_ns >= end_ns || (options->nr_requests && worker->nr_begun >= options->nr_requests)) {
                 nr_inflight--;
                 continue;
             }
@@ -157,6 +194,8 @@ static void *worker_main(void *arg)
         else
             worker_wait(worker);
     }
+    if (options->nr_requests)
+        worker_flush(worker, &rqs[0]);
     worker->cpu_ns = thread_cpu_ns() - cpu_ns;
     free(rqs);
     return NULL;
@@ -187,7 +226,7 @@ static void fill_data(struct vuc *vuc, uint64_t seed)
 static int run_load(struct vuc *vuc, struct options *options)
 {
     struct worker *workers = calloc(options->vuc.nr_queues, sizeof(*workers)), sum = {0};
-    double iops = 0, cpu = 0;
+    double iops = 0, cpu = 0, longest = 0;
     uint64_t nr_kicks = 0, nr_interrupts = 0;
 
     fill_data(vuc, options->seed * 0x9e3779b97f4a7c15ULL + 7);
@@ -206,6 +245,7 @@ static int run_load(struct vuc *vuc, struct options *options)
 
         pthread_join(worker->thread, NULL);
         seconds = (double)(worker->end_ns - worker->begin_ns) / 1e9;
+        longest = seconds > longest ? seconds : longest;
         if (seconds > 0)
             iops += (double)worker->nr_done / seconds;
         cpu += seconds > 0 ? (double)worker->cpu_ns / 1e9 / seconds : 0;
@@ -221,12 +261,12 @@ static int run_load(struct vuc *vuc, struct options *options)
     printf(
         "{\"iops\": %.0f, \"requests\": %llu, \"errors\": %llu, \"lat_mean_us\": %.2f, \"lat_p50_us\": %.2f, "
         "\"lat_p99_us\": %.2f, \"lat_max_us\": %.1f, \"cpu_percent\": %.0f, \"kicks\": %llu, "
-        "\"interrupts\": %llu}\n",
+        "\"interrupts\": %llu, \"seconds\": %.4f}\n",
         iops, (unsigned long long)sum.nr_done, (unsigned long long)sum.nr_errors,
         sum.nr_done ? (double)sum.sum_ns / (double)sum.nr_done / 1e3 : 0,
         (double)percentile_ns(sum.buckets, sum.nr_done, 50) / 1e3,
         (double)percentile_ns(sum.buckets, sum.nr_done, 99) / 1e3, (double)sum.max_ns / 1e3, cpu * 100,
-        (unsigned long long)nr_kicks, (unsigned long long)nr_interrupts);
+        (unsigned long long)nr_kicks, (unsigned long long)nr_interrupts, longest);
     free(workers);
     return sum.nr_done && !sum.nr_errors ? 0 : 1;
 }
@@ -515,6 +555,8 @@ enum {
     OPT_SIZE,
     OPT_SECONDS,
     OPT_RAMP,
+    OPT_REQUESTS,
+    OPT_FLUSH_EVERY,
     OPT_RING_SIZE,
     OPT_POLL,
     OPT_PACKED,
@@ -536,6 +578,8 @@ static const struct option long_options[] = {
     {"size", required_argument, NULL, OPT_SIZE},
     {"seconds", required_argument, NULL, OPT_SECONDS},
     {"ramp", required_argument, NULL, OPT_RAMP},
+    {"requests", required_argument, NULL, OPT_REQUESTS},
+    {"flush-every", required_argument, NULL, OPT_FLUSH_EVERY},
     {"ring-size", required_argument, NULL, OPT_RING_SIZE},
     {"poll", no_argument, NULL, OPT_POLL},
     {"packed", no_argument, NULL, OPT_PACKED},
@@ -616,6 +660,12 @@ static void parse(struct options *options, int argc, char **argv)
             break;
         case OPT_RAMP:
             options->ramp_seconds = strtod(optarg, NULL);
+            break;
+        case OPT_REQUESTS:
+            options->nr_requests = number(optarg, 1, 1000000000);
+            break;
+        case OPT_FLUSH_EVERY:
+            options->flush_every = number(optarg, 1, 1000000000);
             break;
         case OPT_RING_SIZE:
             options->vuc.queue_size = number(optarg, 2, 32768);
