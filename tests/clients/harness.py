@@ -112,6 +112,15 @@ def run(*command, status=0, timeout=PATIENCE * 2, **options):
     return done
 
 
+def thread_states(pid):
+    """The letters of proc_pid_stat(5)."""
+    states = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            states.add(read_file(f"/proc/{pid}/task/{thread}/stat").rpartition(b") ")[2][:1].decode())
+    return states
+
+
 def die_with_parent():
     """In a child before exec: no process outlives a test run that was killed."""
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)
@@ -346,6 +355,14 @@ class Server:
         if self.process.returncode != status or SANITIZER.search(text):
             raise AssertionError(f"the server ended with {self.process.returncode}:\n{text}")
         return text
+
+    def suspend(self):
+        """SIGSTOP, and wait for it: one thread is told, and has to run before the others are."""
+        self.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: thread_states(self.pid) == {"T"}, "all threads stopped")
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self):
         if self.process.poll() is None:

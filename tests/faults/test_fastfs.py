@@ -324,14 +324,14 @@ class Lease(harness.Case):
         with served(path) as server, server.connect() as client:
             client.read(0, 8 * M)
             self.assertTrue(status(server)["redirects"])
-            server.process.send_signal(signal.SIGSTOP)
+            server.suspend()
             cookie = client.issue(raw.WRITE, 0, data=b"late" * K)
             with open(path, "r+b") as file:  # comes back when the lease is broken by force
                 fcntl.flock(file, fcntl.LOCK_EX)
                 run("fallocate", "--punch-hole", "--offset", 0, "--length", 4 * M, path)
                 other = harness.write_file(f"{os.path.dirname(path)}/other", b"x" * 8 * M)
                 os.sync()
-                server.process.send_signal(signal.SIGCONT)
+                server.resume()
                 self.assertEqual(client.wait(cookie).error, 0)
                 wait_until(lambda: not status(server)["redirects"], "the end of redirection")
                 file.seek(0)
