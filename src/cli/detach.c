@@ -27,7 +27,7 @@ static const char detach_help[] =
 
 enum { FLAG_ALL, FLAG_LAZY, FLAG_FORCE, FLAG_NR };
 
-// 0, or a negative errno with err set.
+// 0, or a negative errno with err set: -EBUSY when that is its own answer.
 static int detach_alive(const struct state *state, const bool flags[FLAG_NR], struct err *err)
 {
     struct json_object *request, *answer;
@@ -40,12 +40,12 @@ static int detach_alive(const struct state *state, const bool flags[FLAG_NR], st
     json_object_object_add(request, "lazy", json_object_new_boolean(flags[FLAG_LAZY]));
     json_object_object_add(request, "force", json_object_new_boolean(flags[FLAG_FORCE]));
     answer = client_ask(&client, request, err);
-    client_close(&client);
-    // A lazy one that has to wait says what it is meanwhile.
-    if (answer && !json_object_object_get_ex(answer, "state", NULL))
+    if (client.has_ended) // with an error or without; a lazy one may have to wait
         state_wait_dead(state);
+    ret = answer ? 0 : client.has_answered ? -EBUSY : -ECONNRESET;
+    client_close(&client);
     json_object_put(answer);
-    return answer ? 0 : -EBUSY;
+    return ret;
 }
 
 static int detach_one(struct state *state, const bool flags[FLAG_NR], struct err *err)
@@ -55,8 +55,8 @@ static int detach_one(struct state *state, const bool flags[FLAG_NR], struct err
     if (state_take_dead(state))
         return clean_dead(state, err);
     ret = detach_alive(state, flags, err);
-    // It has died meanwhile, or was about to.
-    if (ret < 0 && state_take_dead(state))
+    // It has died meanwhile, or was about to. What it has answered stands.
+    if (ret < 0 && ret != -EBUSY && state_take_dead(state))
         return clean_dead(state, err);
     return ret;
 }

@@ -107,6 +107,8 @@ struct json_object *client_ask(struct client *client, struct json_object *reques
     else
         err_set(err, -EIO, "no answer; is it stopping, or busy? see bight list");
     free(line);
+    client->has_answered = answer;
+    client->has_ended = json_object_get_boolean(json_object_object_get(answer, "ended"));
     if (!answer || (json_object_object_get_ex(answer, "ok", &ok) && json_object_get_boolean(ok)))
         return answer;
     err_set(err, -EINVAL, "%s", client_string(answer, "error"));

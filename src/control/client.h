@@ -9,6 +9,8 @@ struct client {
     int fd;
     char *in;
     size_t in_len;
+    bool has_answered; // if only that it refuses
+    bool has_ended;    // and that was its last word
 };
 
 // -ECONNREFUSED: nobody answers there. 0, or a negative errno with err set.

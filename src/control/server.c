@@ -24,7 +24,7 @@ struct server_conn {
     struct iovec iov; // of out, not sent yet
     struct msghdr msg;
     struct ring_op io_op, timer_op;
-    bool is_timer_set, is_closing;
+    bool is_timer_set, is_closing, is_last;
 };
 
 static void conn_take_line(struct server_conn *conn);
@@ -138,6 +138,8 @@ static bool conn_put_answer(struct server_conn *conn, struct json_object *result
 
     json_object_object_add(answer, "bight", json_object_new_int(SERVER_VERSION));
     json_object_object_add(answer, "ok", json_object_new_boolean(!!result));
+    if (conn->is_last)
+        json_object_object_add(answer, "ended", json_object_new_boolean(true));
     if (!result) {
         json_object_object_add(answer, "error", json_object_new_string(err->line));
         json_object_object_add(answer, "usage", json_object_new_boolean(err->is_usage));
@@ -176,6 +178,7 @@ void server_reply_last(struct server_conn *conn, struct json_object *result, con
     struct timeval timeout = {.tv_sec = 5};
 
     setsockopt(conn->fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+    conn->is_last = true;
     if (conn_put_answer(conn, result, err))
         (void)!send(conn->fd, conn->out, conn->iov.iov_len, MSG_NOSIGNAL); // who has gone does not care
     conn_destroy(conn);

@@ -2,6 +2,7 @@
 //
 //   {"bight": 1, "verb": "show", ...}
 //   {"bight": 1, "ok": true, ...} or {"bight": 1, "ok": false, "error": "...", "usage": false}
+//   "ended": true as well when this is its last word: its processes are about to be gone
 //
 //  V1. Who connects is the server's own user, or root; everybody else is turned away unheard.
 //  V2. Of a connection, a request is taken when the one before has been answered. Its line has at most
@@ -44,7 +45,8 @@ void server_stop(struct server *server);
 // The answer. result: an object to put the envelope around, taken over; NULL with an error in err.
 void server_reply(struct server_conn *conn, struct json_object *result, const struct err *err);
 
-// Takes a connection off the ring that is to be answered by server_reply_last(), without a ring.
+// Takes a connection off the ring that is to be answered by server_reply_last(), without a ring: the
+// answer says "ended".
 void server_park(struct server_conn *conn);
 void server_reply_last(struct server_conn *conn, struct json_object *result, const struct err *err);
 

@@ -510,10 +510,11 @@ void control_stop(struct control *control)
 
 void control_end(struct control *control, int error, const struct err *err)
 {
-    struct err said = {.line = "what was written last may be lost; see the log"};
+    struct err said = {.is_usage = false};
 
     if (!control->detaching)
         return;
+    err_set(&said, error, "%s: what was written last may be lost; see the log", control->facts->dir->name);
     server_reply_last(control->detaching, error < 0 ? NULL : json_object_new_object(),
                       err->line[0] ? err : &said);
     control->detaching = NULL;
