@@ -20,13 +20,6 @@
 #define PACKED_USED (1U << VRING_PACKED_DESC_F_USED)
 #define PACKED_EVENT_WRAP (1U << VRING_PACKED_EVENT_F_WRAP_CTR)
 
-// V2: what was copied is not looked up again.
-static inline void copy_once(void *to, const void *from, size_t len)
-{
-    memcpy(to, from, len);
-    __asm__ __volatile__("" ::: "memory");
-}
-
 // A buffer that was used in one queue may come back in another: the guest stands between the two threads,
 // where the thread sanitizer does not see it.
 #ifdef __SANITIZE_THREAD__
@@ -247,7 +240,7 @@ static const char *packed_track(struct virtqueue *vq, struct virtqueue_rq *vrq,
                                 const struct vring_packed_desc *desc)
 {
     struct vu_inflight_packed *inflight = vq->inflight.packed;
-    uint16_t free_head = inflight->free_head, next;
+    uint16_t free_head = __atomic_load_n(&inflight->free_head, __ATOMIC_RELAXED), next;
     struct vu_desc_state_packed *entry, *head;
 
     if (free_head >= vq->size || vrq->slot >= vq->size)
@@ -277,7 +270,7 @@ static const char *packed_take(struct virtqueue *vq, struct virtqueue_rq *vrq)
     chain_begin(vrq);
     vrq->nr_descs = 0;
     if (inflight)
-        vrq->slot = inflight->free_head;
+        vrq->slot = __atomic_load_n(&inflight->free_head, __ATOMIC_RELAXED);
     do {
         if (vrq->nr_descs == vq->size)
             return "a request is longer than the ring";
@@ -305,10 +298,12 @@ static const char *packed_take(struct virtqueue *vq, struct virtqueue_rq *vrq)
 static const char *packed_take_inflight(struct virtqueue *vq, struct virtqueue_rq *vrq, uint16_t first)
 {
     const struct vu_inflight_packed *inflight = vq->inflight.packed;
-    uint16_t i = first, num = inflight->desc[first].num;
+    uint16_t i = first, num = __atomic_load_n(&inflight->desc[first].num, __ATOMIC_RELAXED);
     struct vu_desc_state_packed entry;
 
     chain_begin(vrq);
+    if (!num || num > vq->size) // it was checked, and may have changed since
+        return "the inflight region makes no sense";
     vrq->slot = first;
     vrq->nr_descs = num;
     for (uint16_t n = 0; n < num; n++) {

@@ -74,14 +74,16 @@ static void virtqueue_set_pending(struct virtqueue *vq, struct pending *pending,
 
 static void split_recover(struct virtqueue *vq, struct pending *pending)
 {
-    struct vu_inflight_split *inflight = vq->inflight.split;
-    uint16_t at = inflight->last_batch_head;
+    struct vu_inflight_split *inflight = vq->inflight.split, head;
+    uint16_t at;
     unsigned nr = 0;
 
+    copy_once(&head, inflight, sizeof(head));
+    at = head.last_batch_head;
     // The last batch was published, and the server died before it had taken all of it out.
-    for (uint16_t n = (uint16_t)(vq->used - inflight->used_idx); n && at < vq->size; n--) {
+    for (uint16_t n = (uint16_t)(vq->used - head.used_idx); n && at < vq->size; n--) {
         inflight->desc[at].inflight = 0;
-        at = inflight->desc[at].next;
+        at = __atomic_load_n(&inflight->desc[at].next, __ATOMIC_RELAXED);
     }
     inflight->used_idx = vq->used;
     for (uint16_t i = 0; i < vq->size; i++) {
@@ -94,42 +96,44 @@ static void split_recover(struct virtqueue *vq, struct pending *pending)
 
 static int packed_recover(struct virtqueue *vq, struct pending *pending)
 {
-    struct vu_inflight_packed *inflight = vq->inflight.packed;
-    uint16_t used = inflight->old_used_idx, at, nr_descs = 0;
-    bool wrap = inflight->old_used_wrap_counter;
+    struct vu_inflight_packed *inflight = vq->inflight.packed, head;
+    uint16_t used, at, nr_descs = 0;
+    bool wrap;
     unsigned nr = 0;
 
-    if (used >= vq->size || inflight->used_idx >= vq->size)
+    copy_once(&head, inflight, sizeof(head));
+    used = head.old_used_idx;
+    wrap = head.old_used_wrap_counter;
+    if (used >= vq->size || head.used_idx >= vq->size)
         return -EINVAL;
-    if (used != inflight->used_idx || wrap != !!inflight->used_wrap_counter) {
+    if (used != head.used_idx || wrap != !!head.used_wrap_counter) {
         uint16_t flags = le16toh(vq->packed[used].flags);
         bool avail_bit = flags >> VRING_PACKED_DESC_F_AVAIL & 1;
         bool used_bit = flags >> VRING_PACKED_DESC_F_USED & 1;
 
         // Not as the guest had made it available: it was published, so the update is carried through.
         if (avail_bit != wrap || used_bit == wrap) {
-            inflight->old_free_head = inflight->free_head;
-            inflight->old_used_idx = used = inflight->used_idx;
-            inflight->old_used_wrap_counter = inflight->used_wrap_counter;
-            wrap = inflight->used_wrap_counter;
+            inflight->old_free_head = head.old_free_head = head.free_head;
+            inflight->old_used_idx = used = head.used_idx;
+            inflight->old_used_wrap_counter = wrap = head.used_wrap_counter;
         }
     }
-    if (used >= vq->size)
-        return -EINVAL;
-    inflight->free_head = at = inflight->old_free_head;
+    inflight->free_head = at = head.old_free_head;
     inflight->used_idx = used;
     inflight->used_wrap_counter = wrap;
     for (uint16_t n = 0; n < vq->size && at < vq->size; n++) {
         inflight->desc[at].inflight = 0;
-        at = inflight->desc[at].next;
+        at = __atomic_load_n(&inflight->desc[at].next, __ATOMIC_RELAXED);
     }
     for (uint16_t i = 0; i < vq->size; i++) {
+        uint16_t num = __atomic_load_n(&inflight->desc[i].num, __ATOMIC_RELAXED); // V2
+
         if (!inflight->desc[i].inflight)
             continue;
-        pending[nr++] = (struct pending){inflight->desc[i].counter, i};
-        if (!inflight->desc[i].num || inflight->desc[i].num > vq->size - nr_descs)
+        if (!num || num > vq->size - nr_descs)
             return -EINVAL;
-        nr_descs += inflight->desc[i].num;
+        pending[nr++] = (struct pending){inflight->desc[i].counter, i};
+        nr_descs += num;
     }
     virtqueue_set_pending(vq, pending, nr);
     vq->used = vq->avail = used;
