@@ -1,12 +1,14 @@
 #!/usr/bin/python3
 """vhost-user by hand: what the messages and requests mean, and front-ends and guests that mean no good."""
 import contextlib
+import mmap
 import os
 import random
 import socket
 import struct
 import sys
 import tempfile
+import time
 import unittest
 
 import harness
@@ -29,7 +31,7 @@ class Vhost:
         super().setUp()
         self.server = self.enterContext(VhostServer(self.image(DATA), ring=self.ring, args=self.args))
         self.good()
-        self.fds = self.server.fds()
+        self.fds, self.began = self.server.fds(), time.monotonic()
 
     args = ()
 
@@ -37,6 +39,8 @@ class Vhost:
         self.good()
         harness.wait_until(lambda: self.server.fds() <= self.fds, "files are closed")
         self.server.assert_alive()
+        lines = self.server.stderr().count("\n")
+        self.assertLessEqual(lines, 21 * (2 + (time.monotonic() - self.began) // 60), "a guest can fill the log")
         super().tearDown()
 
     def good(self):
@@ -72,6 +76,31 @@ class Meaning(Vhost):
             self.assertEqual(raw.ask(v.GET_CONFIG, struct.pack("=III", 200, 56, 0) + bytes(56))[12:], bytes(56))
             for offset, size in ((200, 57), (0xFFFFFFFF, 8), (8, 0xFFFFFFFF), (257, 0)):
                 self.assertEqual(raw.ask(v.GET_CONFIG, struct.pack("=III", offset, size, 0)), b"")
+
+    def test_every_field_of_the_configuration(self):
+        names = ("capacity", "size_max", "seg_max", "cylinders", "heads", "sectors", "blk_size", "physical_block_exp",
+                 "alignment_offset", "min_io_size", "opt_io_size", "writeback", "unused0", "num_queues",
+                 "max_discard_sectors", "max_discard_seg", "discard_sector_alignment", "max_write_zeroes_sectors",
+                 "max_write_zeroes_seg", "write_zeroes_may_unmap", "unused1")
+        asked = struct.pack("=III", 0, v.CONFIG_BYTES, 0) + bytes(v.CONFIG_BYTES)
+        with self.connect() as raw:
+            raw.negotiate()
+            told = dict(zip(names, struct.unpack("<QIIHBBIBBHIBBHIIIIIB3s", raw.ask(v.GET_CONFIG, asked)[12:])))
+            self.assertGreaterEqual(told.pop("num_queues"), 1)
+            self.assertEqual(told, {
+                "capacity": SIZE // 512, "size_max": 256 * K, "seg_max": 126, "cylinders": 0, "heads": 0, "sectors": 0,
+                "blk_size": 512, "physical_block_exp": 3, "alignment_offset": 0, "min_io_size": 8, "opt_io_size": 0,
+                "writeback": 1, "unused0": 0, "max_discard_sectors": 1 << 22, "max_discard_seg": 32,
+                "discard_sector_alignment": 8, "max_write_zeroes_sectors": 1 << 22, "max_write_zeroes_seg": 32,
+                "write_zeroes_may_unmap": 1, "unused1": bytes(3)})
+            # who can turn the cache off but cannot flush has none
+            self.assertTrue(raw.tell(v.SET_FEATURES, struct.pack("=Q", raw.features & ~bits(v.F_FLUSH))))
+            self.assertEqual(raw.ask(v.GET_CONFIG, asked)[12 + v.WCE_AT], 0)
+            # all of it can be read by as many bytes as there may be, and what it is made of piece by piece
+            whole = raw.ask(v.GET_CONFIG, struct.pack("=III", 0, 256, 0) + bytes(256))[12:]
+            self.assertEqual(len(whole), 256)
+            self.assertEqual(whole, b"".join(raw.ask(v.GET_CONFIG, struct.pack("=III", i, 4, 0) + bytes(4))[12:]
+                                             for i in range(0, 256, 4)))
 
     def test_every_kind_of_request(self):
         with self.connect() as raw:
@@ -159,6 +188,27 @@ class Meaning(Vhost):
                                                  & ~bits(v.F_PROTOCOL, v.F_PACKED, v.F_EVENT_IDX)))
             self.assertTrue(raw.share() and raw.start(enable=False))
             self.assertEqual(raw.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
+
+    def test_an_idle_ring_costs_nothing(self):
+        def used():
+            """Context switches and CPU time of every thread."""
+            told = []
+            for task in sorted(os.listdir(f"/proc/{self.server.pid}/task")):
+                with open(f"/proc/{self.server.pid}/task/{task}/status") as status, \
+                        open(f"/proc/{self.server.pid}/task/{task}/schedstat") as times:
+                    told.append(([line for line in status if "ctxt" in line], times.read()))
+            return told
+
+        def is_idle():
+            before = used()
+            time.sleep(0.2)
+            return used() == before
+
+        with self.connect() as raw:
+            raw.ready()
+            self.assertEqual(raw.request(v.T_IN, 8, into=512)[0], v.OK)
+            harness.wait_until(is_idle, "the server is idle")
+            self.assertEqual(raw.request(v.T_IN, 8, into=512)[0], v.OK)
 
     def test_a_second_front_end_waits_for_the_first(self):
         with self.connect() as first:
@@ -287,7 +337,7 @@ class Messages(Vhost):
             for request, num in ((v.SET_VRING_NUM, 0), (v.SET_VRING_NUM, 65536), (v.SET_VRING_NUM, 0xFFFFFFFF),
                                  (v.SET_VRING_ENABLE, 2)):
                 self.assertFalse(raw.tell(request, raw.state(0, num)))
-            for index in (64, 255, 512, 0x10000, 0xFFFFFFFF):
+            for index in (64, 255, 256, 512, 0x10000, 0xFFFFFFFF):
                 for request in (v.SET_VRING_NUM, v.GET_VRING_BASE, v.SET_VRING_ENABLE, v.SET_VRING_BASE):
                     with self.subTest(index=index, request=request), self.connect_next(raw) as other:
                         other.negotiate()
@@ -372,6 +422,101 @@ class Messages(Vhost):
                 raw.start(index=1)
                 raw.ask(v.GET_VRING_BASE, raw.state(0, 0))
                 raw.ask(v.GET_VRING_BASE, raw.state(1, 0))
+
+    def test_inflight_regions_that_change_while_they_are_recovered(self):
+        """Packed: what the entries say is checked when the ring starts, and not true any more when they are taken."""
+        for seed in range(rounds(20)):
+            with self.connect() as raw:
+                raw.negotiate(off=())
+                raw.header(64 * K, v.T_GET_ID)
+                self.assertTrue(raw.share())
+                with os.fdopen(os.memfd_create("inflight"), "r+b") as file:
+                    file.truncate(8192)
+                    with contextlib.closing(mmap.mmap(file.fileno(), 8192)) as region:
+                        def entries(num, region=region):
+                            for i in range(0, 16, 8):
+                                struct.pack_into("=BBHHHQHHIQ", region, 32 + 32 * i, 1, 0, i + 1, i, num, i, i, 2, 1,
+                                                 v.GUEST)
+                        struct.pack_into("=QHHHHHHBB", region, 0, 0, 1, raw.size, 16, 16, 0, 0, 1, 1)
+                        entries(1)
+                        self.assertTrue(raw.tell(v.SET_INFLIGHT_FD, struct.pack("=QQHHI", 8192, 0, 1, raw.size, 0),
+                                                 [file.fileno()]))
+                        raw.acks = False
+                        raw.start(base=0x8000)
+                        for num in (60000, 0, 100, 17, seed):
+                            entries(num)
+                        raw.acks = True
+                        self.assertEqual(len(raw.ask(v.GET_VRING_BASE, raw.state(0, 0))), 8)
+
+    def test_every_message_in_every_state_of_every_size_with_every_file(self):
+        """A message has its connection to itself, in one of three states, and is followed by the end of it."""
+        chance = random.Random(harness.SEED)
+        sizes = (0, 1, 4, 7, 8, 9, 11, 12, 13, 20, 24, 40, 41, 48, 264, 268, 269, 272, 4096)
+        cases = [(request, size, count, state) for request in range(48) for size in sizes for count in (0, 1, 2, 9)
+                 for state in range(3)]
+        for request, size, count, state in chance.sample(cases, rounds(600)):
+            with self.connect() as raw, contextlib.suppress(Closed):
+                if state:
+                    raw.negotiate(off=() if chance.random() < 0.5 else (v.F_PACKED, v.F_EVENT_IDX),
+                                  acks=chance.random() < 0.5)
+                if state == 2:
+                    raw.share()
+                    raw.start()
+                words = raw.state(chance.choice([0, 1, 63, 64]), chance.choice([0, 1, 16, 64]))
+                payload = chance.choice([bytes(size), b"\xff" * size, chance.randbytes(size),
+                                         (words + raw.region() * 9).ljust(size, b"\0")[:size]])
+                kinds = (raw.memfd, raw.eventfd(), raw.socket.fileno(), 0)
+                raw.send(request, payload, [chance.choice(kinds) for _ in range(count)],
+                         v.VERSION | chance.choice([0, v.NEED_REPLY]), chance.choice([size, size, size + 1]))
+                if chance.random() < 0.5:
+                    raw.socket.shutdown(socket.SHUT_WR)
+                    raw.is_closed()
+
+    def test_messages_cut_off_anywhere(self):
+        for request, size in ((v.SET_MEM_TABLE, 40), (v.SET_VRING_KICK, 8), (v.ADD_MEM_REG, 40),
+                              (v.SET_INFLIGHT_FD, 24), (v.SET_BACKEND_REQ_FD, 0), (v.GET_CONFIG, 72)):
+            message = struct.pack("=III", request, v.VERSION, size) + bytes(size)
+            for cut in range(1, len(message), 1 if not harness.QUICK else 5):
+                with self.connect() as raw:
+                    raw.negotiate()
+                    socket.send_fds(raw.socket, [message[:cut]], [raw.memfd])
+
+    def test_the_channel_for_messages_of_ours(self):
+        """It cannot be one that keeps the connection open when the front-end has gone."""
+        with self.connect() as raw, self.connect() as other:
+            raw.negotiate()
+            for fd in (raw.socket.fileno(), other.socket.fileno(), raw.memfd, raw.eventfd()):
+                self.assertFalse(raw.tell(v.SET_BACKEND_REQ_FD, b"", [fd]))
+            for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+                with socket.socket(socket.AF_UNIX, kind) as alone:
+                    self.assertFalse(raw.tell(v.SET_BACKEND_REQ_FD, b"", [alone.fileno()]))
+            # handed over inside of it: it is closed as soon as it holds something
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                self.assertTrue(raw.tell(v.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]))
+                socket.send_fds(ours, [b"x"], [raw.socket.fileno()])
+            for _ in range(3):  # one after the other
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    self.assertTrue(raw.tell(v.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]))
+                raw.stack.callback(ours.close)
+            before = self.server.fds()
+            ours.close()
+            harness.wait_until(lambda: self.server.fds() < before, "the channel is closed")
+
+    def test_two_sockets_are_served_at_once(self):
+        second = self.path("second")
+        with VhostServer(self.image(DATA, name="two.img"), ring=self.ring, args=("--vhost-user", second)) as server:
+            with Raw(server.vhost) as one, Raw(second) as two:
+                one.ready()
+                two.ready()
+                for raw in (one, two):
+                    self.assertEqual(raw.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
+                one.make_available(one.size)  # the one breaks, the other does not
+                self.assertTrue(one.is_signalled(one.err))
+                self.assertEqual(two.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
+                one.tell(v.SET_MEM_TABLE, struct.pack("=II", 0xFFFFFFFF, 0) + one.region(), [one.memfd])
+                self.assertEqual(two.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
 
     def test_random_messages(self):
         for seed in range(rounds(60)):
@@ -491,6 +636,48 @@ class Guests(Vhost):
             os.truncate(raw.memfd, 100 * K)
             raw.make_available(0)
             raw.wait_used()
+
+    def test_whatever_happens_while_requests_are_in_flight(self):
+        """A ring full of requests, of which some go by way of a bounce buffer, and then one of these at once."""
+        table = struct.pack("=II", 1, 0)
+        actions = {
+            "the front-end goes": lambda raw: raw.socket.close(),
+            "memory is cut off": lambda raw: os.truncate(raw.memfd, 0),
+            "memory is cut off in the middle": lambda raw: os.truncate(raw.memfd, 132 * K),
+            "a hole": lambda raw: os.truncate(raw.memfd, 4096) or os.truncate(raw.memfd, raw.bytes),
+            "memory is removed": lambda raw: raw.tell(v.REM_MEM_REG, bytes(8) + raw.region()),
+            "other memory": lambda raw: raw.tell(v.SET_MEM_TABLE, table + raw.region(guest=0), [raw.memfd]),
+            "memory without sense": lambda raw: raw.tell(v.SET_MEM_TABLE, table + raw.region(size=M), [raw.memfd]),
+            "the ring stops": lambda raw: raw.ask(v.GET_VRING_BASE, raw.state(0, 0)),
+            "the ring is disabled": lambda raw: raw.tell(v.SET_VRING_ENABLE, raw.state(0, 0)),
+            "the ring moves": lambda raw: raw.tell(v.SET_VRING_ADDR, raw.addr(used=v.USER + raw.bytes - 8)),
+            "the ring grows": lambda raw: raw.tell(v.SET_VRING_NUM, raw.state(0, 32768)),
+            "the ring goes back": lambda raw: raw.tell(v.SET_VRING_BASE, raw.state(0, 40000)),
+            "the device is reset": lambda raw: raw.tell(v.RESET_DEVICE),
+            "the owner goes": lambda raw: raw.tell(v.RESET_OWNER),
+            "packed rings": lambda raw: raw.tell(v.SET_FEATURES, struct.pack("=Q", raw.features | bits(v.F_PACKED))),
+            "an inflight region": lambda raw: raw.tell(
+                v.SET_INFLIGHT_FD, struct.pack("=QQHHI", 4096, 0, 1, raw.size, 0), [raw.memfd]),
+            "the available index jumps": lambda raw: raw.make_available(0, index=0x7FFF),
+            "kicks without end": lambda raw: os.eventfd_write(raw.kick, 0xFFFFFFFFFFFFFFF0),
+            "nonsense": lambda raw: raw.send(99, b"x" * 100),
+        }
+        for what, act in actions.items():
+            for turn in range(rounds(4)):
+                with self.subTest(what), self.connect() as raw:
+                    raw.ready()
+                    for i in range(0, 15, 3):
+                        at = 64 * K + 1024 * i
+                        raw.header(at, chosen := v.T_IN if turn % 2 else v.T_OUT, 1000 + 8 * i)
+                        raw.desc(i, at, 16, v.NEXT, i + 1)
+                        direction = v.WRITE if chosen == v.T_IN else 0
+                        raw.desc(i + 1, 128 * K + (i & 1), 64 * K, v.NEXT | direction, i + 2)
+                        raw.desc(i + 2, at + 16, 1, v.WRITE)
+                    for n in range(16):
+                        raw.put(raw.avail_at + 4 + 2 * n, struct.pack("<H", n % 5 * 3))
+                    raw.put(raw.avail_at + 2, struct.pack("<H", 16))
+                    os.eventfd_write(raw.kick, 1)
+                    act(raw)
 
     def test_one_broken_queue_leaves_the_other_alone(self):
         with self.connect() as raw:

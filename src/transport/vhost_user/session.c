@@ -8,14 +8,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "core/device.h"
 #include "util/util.h"
 
-// Which vrings a message needs stopped (S1).
-enum quiesce { QUIESCE_NONE, QUIESCE_ONE, QUIESCE_ALL };
+// What a message needs stopped (S1): vrings, or the channel for the back-end's own messages.
+enum quiesce { QUIESCE_NONE, QUIESCE_ONE, QUIESCE_ALL, QUIESCE_BACKEND };
 
 struct handler {
     const char *name;
@@ -80,7 +80,14 @@ static int run_get_features(struct session *session)
     return session_send_u64(session, config_features(session->options.dev));
 }
 
-// 5.2.5: without FLUSH there is no cache that the guest knows of.
+// 5.2.5: without FLUSH there is no cache that the guest knows of, and who could turn it off sees it off.
+static bool session_has_writeback(const struct session *session)
+{
+    uint64_t both = VU_BIT(VIRTIO_BLK_F_FLUSH) | VU_BIT(VIRTIO_BLK_F_CONFIG_WCE);
+
+    return *session->options.has_writeback && (session->features & both) != VU_BIT(VIRTIO_BLK_F_CONFIG_WCE);
+}
+
 static void session_set_cache_mode(struct session *session)
 {
     bool is_writethrough =
@@ -272,7 +279,7 @@ static int run_get_config(struct session *session)
     if (config->size > VU_MAX_CONFIG_BYTES || config->offset > VU_MAX_CONFIG_BYTES - config->size ||
         session->header.size < head_bytes)
         return session_send(session, NULL, 0, -1); // which says that it cannot be had
-    config_fill(session->options.dev, *session->options.has_writeback, &blk);
+    config_fill(session->options.dev, session_has_writeback(session), &blk);
     memcpy(space, &blk, sizeof(blk));
     memcpy(config->payload, space + config->offset, config->size);
     return session_send(session, config, head_bytes + config->size, -1);
@@ -297,15 +304,31 @@ static int run_set_config(struct session *session)
     return 0;
 }
 
+static void session_backend_ended(struct ring_op *op, int res);
+
+// A stream between two ends without a name. The front-end's end of a connection to us is none (S4).
+static bool is_socket_pair(int fd)
+{
+    struct sockaddr_un peer;
+    socklen_t peer_len = sizeof(peer), type_len = sizeof(int);
+    int type;
+
+    return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &type_len) && type == SOCK_STREAM &&
+           !getpeername(fd, (struct sockaddr *)&peer, &peer_len) && peer_len == sizeof(peer.sun_family) &&
+           peer.sun_family == AF_UNIX;
+}
+
 static int run_set_backend_req_fd(struct session *session)
 {
-    struct stat st;
-
-    if (session->nr_fds != 1 || fstat(session->fds[0], &st) < 0 || !S_ISSOCK(st.st_mode))
+    if (session->nr_fds != 1 || !is_socket_pair(session->fds[0]))
         return -EINVAL;
-    close_fd(&session->backend_fd);
     session->backend_fd = session->fds[0];
     session->fds[0] = -1; // S2
+    session->backend_op = (struct ring_op){.done = session_backend_ended,
+                                           .code = RING_POLL,
+                                           .fd = session->backend_fd,
+                                           .events = POLLIN};
+    ring_queue(session->options.ring, &session->backend_op);
     return 0;
 }
 
@@ -433,7 +456,7 @@ static const struct handler handlers[VU_REQUEST_NR] = {
     [VU_GET_QUEUE_NUM] = {"GET_QUEUE_NUM", .run = run_get_queue_num, .has_reply = true},
     [VU_SET_VRING_ENABLE] = {"SET_VRING_ENABLE", BYTES(struct vu_vring_state), QUIESCE_ONE, .has_vring = true,
                              .run = run_set_vring_enable},
-    [VU_SET_BACKEND_REQ_FD] = {"SET_BACKEND_REQ_FD", 0, 8, .max_fds = 1, .run = run_set_backend_req_fd},
+    [VU_SET_BACKEND_REQ_FD] = {"SET_BACKEND_REQ_FD", 0, 8, QUIESCE_BACKEND, 1, .run = run_set_backend_req_fd},
     [VU_GET_CONFIG] = {"GET_CONFIG", offsetof(struct vu_config, payload), sizeof(struct vu_config),
                        .run = run_get_config, .has_reply = true},
     [VU_SET_CONFIG] = {"SET_CONFIG", offsetof(struct vu_config, payload), sizeof(struct vu_config),
@@ -482,7 +505,6 @@ static void session_free(struct session *session)
     close(session->fd);
     session_close_fds(session);
     session_reset_vrings(session);
-    close_fd(&session->backend_fd);
     memory_unmap(&session->inflight_map);
     memory_clear(&session->memory);
     free(session);
@@ -508,6 +530,29 @@ static void session_pending_over(struct session *session)
 {
     session->nr_pending--;
     session_go_on(session);
+}
+
+// S4.
+static void session_backend_ended(struct ring_op *op, int res)
+{
+    struct session *session = container_of(op, struct session, backend_op);
+
+    (void)res;
+    ring_remove_fd(session->options.ring, session->backend_fd);
+    close_fd(&session->backend_fd);
+    if (!session->is_backend_stopping)
+        return;
+    session->is_backend_stopping = false;
+    session_pending_over(session);
+}
+
+static void session_stop_backend(struct session *session)
+{
+    if (session->backend_fd < 0 || session->is_backend_stopping)
+        return;
+    session->is_backend_stopping = true;
+    session->nr_pending++;
+    ring_cancel(session->options.ring, &session->backend_op);
 }
 
 static struct session *virtqueue_session(struct virtqueue *vq)
@@ -540,6 +585,7 @@ void session_close(struct session *session)
     session->is_closing = true;
     session->is_message_held = false;
     shutdown(session->fd, SHUT_RDWR); // ends the POLL that is queued
+    session_stop_backend(session);
     for (unsigned i = 0; i < CONFIG_MAX_QUEUES; i++)
         session_stop_vring(session, &session->vqs[i]);
     session_go_on(session);
@@ -633,17 +679,21 @@ static void session_run_message(struct session *session)
 static void session_begin_message(struct session *session)
 {
     const struct handler *handler = session_handler(session);
-    uint32_t index = session->payload.state.index & VU_VRING_INDEX_MASK;
+    uint64_t index = 0;
 
-    if (!handler || session->nr_fds > handler->max_fds ||
-        (handler->has_vring && (session->payload.state.index & ~(VU_VRING_INDEX_MASK | VU_VRING_NO_FD))) ||
-        (handler->has_vring && index >= CONFIG_MAX_QUEUES)) {
+    if (handler &&
+        handler->has_vring) // with a file descriptor it is the lowest byte of 8, and a bit is a flag
+        index = handler->max_fds ? session->payload.u64 & ~(uint64_t)VU_VRING_NO_FD
+                                 : session->payload.state.index;
+    if (!handler || session->nr_fds > handler->max_fds || index >= CONFIG_MAX_QUEUES) {
         session_fail(session, handler ? handler->name : "a message", -EPROTO);
         return;
     }
     session->is_message_held = true; // S1
     if (handler->quiesce == QUIESCE_ONE)
         session_stop_vring(session, &session->vqs[index]);
+    if (handler->quiesce == QUIESCE_BACKEND)
+        session_stop_backend(session);
     for (unsigned i = 0; handler->quiesce == QUIESCE_ALL && i < CONFIG_MAX_QUEUES; i++)
         session_stop_vring(session, &session->vqs[i]);
     session_go_on(session);
@@ -703,6 +753,18 @@ static int session_recv(struct session *session)
     }
 }
 
+// S4: one that waits with half a message is not held any longer than that.
+static bool session_holds_socket(const struct session *session)
+{
+    int type;
+
+    for (unsigned i = 0; i < session->nr_fds; i++) {
+        if (!getsockopt(session->fds[i], SOL_SOCKET, SO_TYPE, &type, &(socklen_t){sizeof(type)}))
+            return true;
+    }
+    return false;
+}
+
 static void session_readable(struct ring_op *op, int res)
 {
     struct session *session = container_of(op, struct session, poll_op);
@@ -715,6 +777,8 @@ static void session_readable(struct ring_op *op, int res)
         return;
     }
     ret = session_recv(session);
+    if (!ret && session_holds_socket(session))
+        ret = -EPROTO;
     if (!ret)
         session_receive(session);
     else if (ret > 0)

@@ -5,6 +5,10 @@
 //  S2. A file descriptor that came with a message is closed when the message is over, unless its handler
 //      has taken it.
 //  S3. A session ends when its vrings are stopped and nothing is under way on the main ring either.
+//  S4. We never keep the front-end's own end of the connection open, nor a socket in which it may lie: we
+//  would
+//      not learn that the front-end has gone. The channel for our own messages is a socket pair, and closed
+//      as soon as it becomes readable, for nothing is said on it; no socket waits for the rest of a message.
 #pragma once
 
 #include "transport/vhost_user/config.h"
@@ -41,9 +45,11 @@ struct session {
     char *inflight; // in it
     struct vu_inflight inflight_desc;
     atomic_bool is_writethrough;
-    int backend_fd;
+    int backend_fd; // -1: none. Else backend_op is queued (S4)
+    struct ring_op backend_op;
+    bool is_backend_stopping;
 
-    unsigned nr_pending; // vrings that stop, and err eventfds that are signalled
+    unsigned nr_pending; // vrings that stop, err eventfds that are signalled, the channel that is closed
     struct virtqueue vqs[CONFIG_MAX_QUEUES];
 };
 
