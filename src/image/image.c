@@ -309,6 +309,17 @@ int image_set_direct(struct image *next, const struct image *image, bool is_dire
     return image_open_tail(next, err);
 }
 
+// Asked with what changes nothing: a hole behind the end, a range that is not aligned.
+static bool image_can_discard(const struct image *image)
+{
+    uint64_t unaligned[2] = {1, 1};
+
+    if (image->is_block_device)
+        return ioctl(image->fd, BLKDISCARD, unaligned) < 0 && errno == EINVAL;
+    return !fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      (off_t)round_up(image->file_bytes, 1 * MiB), 4096);
+}
+
 int image_open(struct image *image, const char *path, const struct image_options *options, struct err *err)
 {
     char holder[64];
@@ -340,6 +351,7 @@ int image_open(struct image *image, const char *path, const struct image_options
     ret = image_open_tail(image, err);
     if (ret < 0)
         goto out;
+    image->can_discard = !image->is_read_only && image_can_discard(image);
     return 0;
 
 out:

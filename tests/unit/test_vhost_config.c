@@ -12,7 +12,7 @@ static bool offers(const struct device *dev, unsigned feature)
 
 static struct device device_of(struct image *image, bool is_read_only, bool has_cache, uint32_t block_bytes)
 {
-    *image = (struct image){.is_read_only = is_read_only};
+    *image = (struct image){.is_read_only = is_read_only, .can_discard = !is_read_only};
     return (struct device){
         .image = image,
         .nr_queues = 3,
@@ -39,6 +39,9 @@ static void only_what_the_image_can_do_is_offered(void **state)
         assert_int_equal(offers(&dev, VIRTIO_BLK_F_CONFIG_WCE), has_cache);
         assert_true(offers(&dev, VIRTIO_F_VERSION_1) && offers(&dev, VIRTIO_F_RING_PACKED));
         assert_false(offers(&dev, VIRTIO_BLK_F_SCSI) || offers(&dev, VIRTIO_BLK_F_SECURE_ERASE));
+        image.can_discard = false;
+        assert_false(offers(&dev, VIRTIO_BLK_F_DISCARD));
+        assert_int_equal(offers(&dev, VIRTIO_BLK_F_WRITE_ZEROES), !is_read_only);
     }
 }
 
@@ -65,6 +68,7 @@ static void the_space_tells_sizes_in_sectors_and_blocks(void **state)
         assert_int_equal(config.num_queues, 3);
         assert_true((uint64_t)config.seg_max * config.size_max <= LIMITS_MAX_TRANSFER_BYTES);
         assert_int_equal(config.wce, 1);
+        assert_int_equal(config.write_zeroes_may_unmap, 1);
         assert_int_equal(config.alignment_offset, 0);
         assert_int_equal(config.max_secure_erase_sectors, 0);
         config_fill(&dev, false, &config);

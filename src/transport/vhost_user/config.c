@@ -18,7 +18,9 @@ uint64_t config_features(const struct device *dev)
     if (dev->image->is_read_only)
         features |= VU_BIT(VIRTIO_BLK_F_RO);
     else
-        features |= VU_BIT(VIRTIO_BLK_F_DISCARD) | VU_BIT(VIRTIO_BLK_F_WRITE_ZEROES);
+        features |= VU_BIT(VIRTIO_BLK_F_WRITE_ZEROES);
+    if (dev->image->can_discard)
+        features |= VU_BIT(VIRTIO_BLK_F_DISCARD);
     if (dev->durability.has_volatile_cache)
         features |= VU_BIT(VIRTIO_BLK_F_FLUSH) | VU_BIT(VIRTIO_BLK_F_CONFIG_WCE);
     return features;
@@ -43,5 +45,5 @@ void config_fill(const struct device *dev, bool has_writeback, struct virtio_blk
     config->discard_sector_alignment = htole32((uint32_t)(dev->limits.preferred_block_bytes / SECTOR_BYTES));
     config->max_write_zeroes_sectors = htole32(CONFIG_MAX_RANGE_SECTORS);
     config->max_write_zeroes_seg = htole32(VIRTQUEUE_MAX_RANGES);
-    config->write_zeroes_may_unmap = 1;
+    config->write_zeroes_may_unmap = dev->image->can_discard;
 }
