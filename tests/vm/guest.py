@@ -45,6 +45,10 @@ mount -t tmpfs run /run
 mkdir /run/agent
 ifconfig lo up
 while read -r module options; do insmod /modules/$module.ko $options; done </modules/order
+if grep -q root=/dev/vda /proc/cmdline && [ ! -e /extlinux.conf ]; then
+    mount -t ext4 /dev/vda /mnt
+    exec switch_root /mnt /init
+fi
 for name in /sys/class/virtio-ports/*/name; do
     [ "$(cat $name)" != agent ] || port=$(basename $(dirname $name))
 done
@@ -226,6 +230,32 @@ def _initramfs(path, module_folder, modules, programs, files):
     archive.write(path)
 
 
+EXTLINUX = """DEFAULT linux
+LABEL linux
+LINUX /vmlinuz
+INITRD /initramfs
+APPEND console=ttyS0 panic=-1 quiet mitigations=off root=/dev/vda
+"""
+
+
+def bootable_disk(path, size, programs=()):
+    """An image with a boot loader, a kernel and all that a guest has, for Guest(boots_from_disk=True)."""
+    if not have("extlinux") or not have("busybox"):
+        skip("not installed: extlinux, busybox")
+    _, modules = kernel()
+    harness.write_file(path, size=size)
+    with harness.loop_device(size, backing=path) as device:
+        harness.run("mkfs.ext4", "-q", "-O", "^64bit,^metadata_csum", device)  # what the boot loader can read
+        with harness.mounted(device, "ext4") as root:
+            _initramfs(f"{root}/initramfs", modules, VIRTIO_DISK, programs, {})
+            with open(f"{root}/initramfs", "rb") as archive:
+                harness.run("busybox", "cpio", "-id", stdin=archive, cwd=root)
+            shutil.copy(glob.glob(f"{modules}/../../../boot/vmlinuz-*")[0], f"{root}/vmlinuz")
+            harness.write_file(f"{root}/extlinux.conf", EXTLINUX.encode())
+            harness.run("extlinux", "--install", root)
+    return path
+
+
 # ---- The guest
 
 
@@ -253,12 +283,14 @@ class Guest:
 
     modules   kernel modules ("nbd nbds_max=4" has options), programs: on the host's PATH or paths, with what they need
     files     {path in the guest: contents}
-    disks     images on the host: /dev/vda and on; vhost_user: sockets of servers, after them
+    disks     images on the host: /dev/vda and on; vhost_user: sockets of servers, after them, each with the
+              device's options behind a space
     args      more for QEMU
+    boots_from_disk  by the BIOS, from the first of vhost_user, which bootable_disk() has made
     """
 
     def __init__(self, modules=(), programs=(), files=None, disks=(), vhost_user=(), args=(), memory=512, cpus=2,
-                 package=KERNEL_PACKAGE):
+                 package=KERNEL_PACKAGE, boots_from_disk=False):
         for tool in ("qemu-system-x86_64", "busybox", "dpkg", "depmod"):
             if not have(tool):
                 skip(f"not installed: {tool}")
@@ -268,15 +300,17 @@ class Guest:
         self.answers, self.buffer, self.nr_started = {}, b"", 0
         modules = [*modules, *(VIRTIO_DISK if disks or vhost_user else ())]
         try:
-            _initramfs(os.path.join(self.dir, "initramfs"), module_folder, modules, programs, files or {})
+            if not boots_from_disk:
+                _initramfs(os.path.join(self.dir, "initramfs"), module_folder, modules, programs, files or {})
         except BaseException:
             self.stack.close()
             raise
+        direct = ["-kernel", image, "-initrd", os.path.join(self.dir, "initramfs"),
+                  "-append", "console=ttyS0 panic=-1 quiet mitigations=off"]
         self.command = [
             have("qemu-system-x86_64"), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", str(memory),
-            "-smp", str(cpus), "-display", "none", "-nodefaults", "-no-reboot", "-kernel", image,
-            "-initrd", os.path.join(self.dir, "initramfs"), "-serial", f"file:{self.dir}/console",
-            "-append", "console=ttyS0 panic=-1 quiet mitigations=off", "-device", "virtio-serial-pci",
+            "-smp", str(cpus), "-display", "none", "-nodefaults", "-no-reboot", "-serial", f"file:{self.dir}/console",
+            *([] if boots_from_disk else direct), "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=agent,name=agent"]
         for number, disk in enumerate(disks):
             self.command += ["-drive", f"if=none,id=disk{number},format=raw,discard=unmap,file={disk}",
@@ -285,8 +319,10 @@ class Guest:
             self.command += ["-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
                              "-machine", "memory-backend=mem"]
         for number, path in enumerate(vhost_user):
-            self.command += ["-chardev", f"socket,id=vhost{number},path={path}",
-                             "-device", f"vhost-user-blk-pci,chardev=vhost{number},num-queues={cpus}"]
+            path, _, options = path.partition(" ")
+            boot = ",bootindex=1" if boots_from_disk and not number else ""
+            self.command += ["-chardev", f"socket,id=vhost{number},path={path}", "-device",
+                             f"vhost-user-blk-pci,chardev=vhost{number},{options or f'num-queues={cpus}'}{boot}"]
         self.command += args
 
     def __enter__(self):

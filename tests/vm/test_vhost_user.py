@@ -2,6 +2,7 @@
 import os
 import signal
 
+import guest as guest_module
 import harness
 from guest import GuestCase
 from harness import BIGHT, M, need
@@ -53,11 +54,43 @@ class TestVhostUser(GuestCase):
     def test_ext4_made_loaded_trimmed_checked_on_packed_rings(self):
         self.check_ext4(PACKED)
 
+    def test_every_kind_of_device(self):
+        kinds = ("num-queues=1", "num-queues=1,queue-size=1024", "num-queues=2,event_idx=off,indirect_desc=off",
+                 "num-queues=2,packed=on,event_idx=off", "num-queues=2,packed=on,indirect_desc=off",
+                 "num-queues=2,config-wce=off", "num-queues=1,disable-modern=on,disable-legacy=off",
+                 "num-queues=2,discard=off,write-zeroes=off")
+        sockets = []
+        for kind in kinds:
+            name = f"disk{len(sockets)}"
+            disk = harness.write_file(self.path(name), size=16 * M)
+            sockets.append(f"{self.path(name)}.sock {kind}")
+            args = ["--vhost-user", f"{self.path(name)}.sock", "--queues", 2]
+            self.enterContext(harness.Server(disk, args=args, nbd=[]))
+        guest = self.guest(programs=("mkfs.ext4", "e2fsck"), vhost_user=sockets)
+        for letter, kind in zip("abcdefgh", kinds):
+            with self.subTest(kind):
+                guest.run(f"""
+                    disk=/dev/vd{letter}; mkfs.ext4 -q $disk; mount $disk /mnt
+                    dd if=/dev/urandom of=/mnt/random bs=64k count=40 2>/dev/null; md5sum /mnt/random >/tmp/sum
+                    sync; echo 3 >/proc/sys/vm/drop_caches; md5sum -c /tmp/sum; rm /mnt/random
+                    {'fstrim' if 'discard=off' not in kind else '! fstrim'} /mnt; umount /mnt; e2fsck -fn $disk""")
+
     def test_read_only(self):
         self.serve(self.disk(8 * M), "--read-only")
         guest = self.boot()
         guest.run("""[ "$(cat /sys/block/vda/ro)" = 1 ]
             ! dd if=/dev/zero of=/dev/vda count=1 conv=fsync 2>/dev/null""")
+
+    @harness.need_root
+    def test_boots_from_it_by_the_bios_and_has_its_root_on_it(self):
+        disk = guest_module.bootable_disk(self.path("disk"), 128 * M)
+        server = self.serve(disk)
+        with guest_module.Guest(vhost_user=[f"{self.path('sock')},reconnect=1"], boots_from_disk=True) as guest:
+            guest.run("""grep -q '^/dev/vda / ext4' /proc/mounts
+                dd if=/dev/urandom of=/random bs=64k count=40 2>/dev/null; md5sum /random >/sums; sync
+                echo 3 >/proc/sys/vm/drop_caches; md5sum -c /sums; mount -o remount,ro /""")
+        server.stop()
+        self.assertIn("clean", harness.run("e2fsck", "-fn", disk).stdout + harness.run("dumpe2fs", "-h", disk).stdout)
 
     def test_cache_mode(self):
         self.serve(self.disk(8 * M))
