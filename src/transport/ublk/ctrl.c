@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -36,24 +37,30 @@ static int kernel_send(struct ublk_ctrl *ctrl, uint32_t cmd_op, const struct ubl
     struct __kernel_timespec timeout = {.tv_sec = CTRL_TIMEOUT_S};
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ctrl->ring);
     struct io_uring_cqe *cqe;
+    bool is_ours;
     int ret;
 
     if (!sqe)
         return -EBUSY; // commands before it have timed out
     io_uring_prep_rw(IORING_OP_URING_CMD, sqe, ctrl->fd, NULL, 0, 0);
     sqe->cmd_op = cmd_op;
+    sqe->user_data = ++ctrl->nr_sent;
     memcpy(sqe->cmd, cmd, sizeof(*cmd));
     ret = io_uring_submit(&ctrl->ring);
     if (ret < 0)
         return ret;
-    do {
+    for (;;) {
         ret = io_uring_wait_cqe_timeout(&ctrl->ring, &cqe, &timeout);
-    } while (ret == -EINTR);
-    if (ret < 0)
-        return ret == -ETIME ? -ETIMEDOUT : ret;
-    ret = cqe->res;
-    io_uring_cqe_seen(&ctrl->ring, cqe);
-    return ret;
+        if (ret == -EINTR)
+            continue;
+        if (ret < 0)
+            return ret == -ETIME ? -ETIMEDOUT : ret;
+        is_ours = cqe->user_data == ctrl->nr_sent; // not that of one that has timed out
+        ret = cqe->res;
+        io_uring_cqe_seen(&ctrl->ring, cqe);
+        if (is_ours)
+            return ret;
+    }
 }
 
 static const struct ublk_kernel kernel = {
@@ -80,42 +87,33 @@ uint32_t ublk_ctrl_encode(const struct ublk_ctrl *ctrl, enum ublk_cmd cmd)
     return (uint32_t)_IOC(is_get ? _IOC_READ : _IOC_READ | _IOC_WRITE, 'u', cmd, bytes);
 }
 
-// With the path before the payload: the kernel looks at the file's mode to know whether we may.
-static int send_with_path(struct ublk_ctrl *ctrl, uint32_t cmd_op, struct ublk_ctrl_cmd *cmd, void *payload)
-{
-    char buf[UBLK_PATH_BYTES + 256] = "";
-    size_t path_bytes, payload_bytes = cmd->len;
-    int ret;
-
-    ublk_ctrl_path(buf, 'c', ctrl->id);
-    path_bytes = strlen(buf) + 1;
-    if (payload)
-        memcpy(buf + path_bytes, payload, payload_bytes);
-    cmd->addr = (uintptr_t)buf;
-    cmd->len = (uint16_t)(path_bytes + payload_bytes);
-    cmd->dev_path_len = (uint16_t)path_bytes;
-    ret = ublk_kernel->send(ctrl, cmd_op, cmd);
-    if (payload)
-        memcpy(payload, buf + path_bytes, payload_bytes);
-    return ret;
-}
-
 int ublk_ctrl_send(struct ublk_ctrl *ctrl, enum ublk_cmd cmd, void *payload, unsigned payload_bytes,
                    uint64_t data)
 {
-    struct ublk_ctrl_cmd ctrl_cmd = {
-        .dev_id = ctrl->id,
-        .queue_id = UINT16_MAX,
-        .len = (uint16_t)payload_bytes,
-        .addr = (uintptr_t)payload,
-        .data = data,
-    };
     uint32_t cmd_op = ublk_ctrl_encode(ctrl, cmd);
-    bool has_path = cmd == UBLK_GET_DEV_INFO2 ||
-                    (ctrl->is_unprivileged && cmd != UBLK_ADD_DEV && cmd != UBLK_GET_FEATURES);
+    struct ublk_ctrl_cmd ctrl_cmd = {.dev_id = ctrl->id, .queue_id = UINT16_MAX, .data = data};
+    char *buf = calloc(1, UBLK_PATH_BYTES + payload_bytes);
+    int ret;
 
-    return has_path ? send_with_path(ctrl, cmd_op, &ctrl_cmd, payload)
-                    : ublk_kernel->send(ctrl, cmd_op, &ctrl_cmd);
+    if (!buf)
+        return -ENOMEM;
+    // With the path before the payload: the kernel looks at the file's mode to know whether we may.
+    if (cmd == UBLK_GET_DEV_INFO2 ||
+        (ctrl->is_unprivileged && cmd != UBLK_ADD_DEV && cmd != UBLK_GET_FEATURES)) {
+        ublk_ctrl_path(buf, 'c', ctrl->id);
+        ctrl_cmd.dev_path_len = (uint16_t)(strlen(buf) + 1);
+    }
+    ctrl_cmd.len = (uint16_t)(ctrl_cmd.dev_path_len + payload_bytes);
+    ctrl_cmd.addr = ctrl_cmd.len ? (uintptr_t)buf : 0;
+    if (payload)
+        memcpy(buf + ctrl_cmd.dev_path_len, payload, payload_bytes);
+    ret = ublk_kernel->send(ctrl, cmd_op, &ctrl_cmd);
+    if (ret == -ETIMEDOUT)
+        return ret; // and buf is the kernel's, which may still write to it
+    if (payload)
+        memcpy(payload, buf + ctrl_cmd.dev_path_len, payload_bytes);
+    free(buf);
+    return ret;
 }
 
 int ublk_ctrl_open(struct ublk_ctrl *ctrl, struct err *err)

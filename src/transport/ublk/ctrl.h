@@ -15,6 +15,7 @@ struct ublk_ctrl {
     uint64_t features; // UBLK_F_* that the kernel has, if it can say
     uint32_t id;       // of the device
     bool is_unprivileged;
+    uint64_t nr_sent;
 };
 
 // The kernel, or what stands in for it in a test.
