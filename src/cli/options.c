@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io/io.h"
 #include "util/log.h"
 #include "util/notify.h"
 #include "util/util.h"
@@ -277,15 +278,16 @@ int options_hold(const struct options *options, struct transport_holds *holds, s
     nr_listen_fds = min_of(nr_listen_fds, TRANSPORT_MAX_FDS);
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
-    return transports_hold(holds, options->addrs, listen_fds, nr_listen_fds,
-                           &(struct transport_hold_options){.images = options->images,
-                                                            .nr_images = options->nr_images,
-                                                            .ring_name = options->ring_name,
-                                                            .nr_queues = options->device.nr_queues,
-                                                            .depth = options->device.depth,
-                                                            .is_read_only =
-                                                                options->device.image.is_read_only,
-                                                            .is_supervised =
-                                                                options->command == OPTIONS_ATTACH},
-                           err);
+    return transports_hold(
+        holds, options->addrs, listen_fds, nr_listen_fds,
+        &(struct transport_hold_options){.images = options->images,
+                                         .nr_images = options->nr_images,
+                                         .ring_name = options->ring_name,
+                                         .nr_queues = options->device.nr_queues,
+                                         .depth = options->device.depth,
+                                         .is_read_only = options->device.image.is_read_only,
+                                         .is_direct = io_wants_direct(options->device.io) &&
+                                                      !options->device.writeback_bytes,
+                                         .is_supervised = options->command == OPTIONS_ATTACH},
+        err);
 }

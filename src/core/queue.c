@@ -125,12 +125,35 @@ void rq_advance(struct rq *rq, uint64_t n)
     }
 }
 
+int rq_need_memory(struct rq *rq)
+{
+    int (*give_memory)(struct rq * rq) = rq->give_memory;
+
+    if (__builtin_expect(!give_memory, 1))
+        return 0;
+    rq->give_memory = NULL;
+    rq->buf_index = -1;
+    return give_memory(rq);
+}
+
 static void rq_ran(struct rq *rq, int error)
 {
     if (rq->ran)
         rq->ran(rq, error);
     else
         rq_end(rq, error);
+}
+
+// READ: the part at hand is zeroes.
+static int rq_zero_part(struct rq *rq)
+{
+    int ret = rq_need_memory(rq);
+
+    if (ret < 0)
+        return ret;
+    iov_zero(rq->iov, 0, rq_part_bytes(rq));
+    rq_advance(rq, rq_part_bytes(rq));
+    return 0;
 }
 
 static void rq_step(struct rq *rq);
@@ -171,8 +194,11 @@ static void rq_step(struct rq *rq)
             return;
         }
         assert(rq->op == REQ_OP_READ); // a map that has holes on the data path allocates for writes
-        iov_zero(rq->iov, 0, rq_part_bytes(rq));
-        rq_advance(rq, rq_part_bytes(rq));
+        ret = rq_zero_part(rq);
+        if (ret < 0) {
+            rq_ran(rq, ret);
+            return;
+        }
     }
     rq_ran(rq, 0);
 }
@@ -199,8 +225,11 @@ void rq_part_done(struct rq *rq, int res)
             rq_ran(rq, -EIO);
             return;
         }
-        iov_zero(rq->iov, 0, rq_part_bytes(rq));
-        rq_advance(rq, rq_part_bytes(rq));
+        res = rq_zero_part(rq);
+        if (res < 0) {
+            rq_ran(rq, res);
+            return;
+        }
     } else if ((uint64_t)res == rq->len_bytes - rq->done_bytes) {
         rq->done_bytes = rq->len_bytes;
         rq_ran(rq, 0);
@@ -269,8 +298,15 @@ static void rq_start(struct rq *rq)
         rq_end(rq, error);
         return;
     }
-    if (queue->dev->writeback && writeback_submit(rq))
-        return;
+    if (queue->dev->writeback) {
+        error = rq_need_memory(rq); // what is cached is copied
+        if (error) {
+            rq_end(rq, error);
+            return;
+        }
+        if (writeback_submit(rq))
+            return;
+    }
     switch (rq->op) {
     case REQ_OP_READ:
     case REQ_OP_WRITE:

@@ -37,7 +37,10 @@ struct rq {
     uint8_t flags;
     uint16_t tag;
     uint16_t nr_iov;
-    int16_t buf_index;     // registered buffer that holds all of iov, or -1
+    int16_t buf_index; // registered buffer that holds all of iov, or -1
+    // NULL, or iov has only offsets into the registered buffer, which the kernel can move and we cannot see
+    // (rq_need_memory()): puts memory behind iov, with a WRITE's data in it. 0 or a negative errno.
+    int (*give_memory)(struct rq *rq);
     struct iovec *iov;     // READ, WRITE: len_bytes in all; is used up on the way
     uint64_t offset_bytes; // in the device
     uint64_t len_bytes;

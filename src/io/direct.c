@@ -33,7 +33,12 @@ static void direct_locked_rw_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);
 
-    if (res != -EINTR && res != -EAGAIN) // else io_rw_done() tries again, still under the lock
+    if (io_is_retried(res)) {
+        int ret = rq_need_memory(rq);
+
+        res = ret < 0 ? ret : res;
+    }
+    if (!io_is_retried(res)) // else io_rw_done() tries again, still under the lock
         direct_unlock(rq);
     io_rw_done(op, res);
 }
@@ -70,6 +75,7 @@ static void direct_rw(struct io *io, struct rq *rq)
     // D1, D3: in the image, wherever the map has it.
     uint64_t start = io->dev->image->offset_bytes + rq->offset_bytes + rq->done_bytes;
     uint64_t end = start + rq_part_bytes(rq), align = io->dev->image->dio_offset_align;
+    int ret;
 
     if (__builtin_expect(direct_is_aligned(io->dev->image, rq), 1)) {
         if (rq->op == REQ_OP_WRITE && direct->is_locking)
@@ -78,7 +84,10 @@ static void direct_rw(struct io *io, struct rq *rq)
             plug_rw(rq, direct_issue);
         return;
     }
-    if (rq->op == REQ_OP_READ)
+    ret = rq_need_memory(rq);
+    if (ret < 0)
+        rq_part_done(rq, ret);
+    else if (rq->op == REQ_OP_READ)
         rq_call_worker(rq, bounce_work, direct_bounce_done);
     else if (direct->is_locking)
         direct_lock(rq, round_down(start, align), round_up(end, align), true, direct_bounce_locked);
@@ -122,6 +131,7 @@ static void direct_other(struct io *io, struct rq *rq)
 const struct io_ops io_direct_ops = {
     .name = "direct",
     .is_stored = true,
+    .takes_bufs = true,
     .wants_direct = direct_wants_direct,
     .io_bytes = sizeof(struct direct),
     .init = direct_init,

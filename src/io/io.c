@@ -13,8 +13,13 @@
 
 void io_rw(struct io *io, struct rq *rq)
 {
+    int ret = io->ops->takes_bufs ? 0 : rq_need_memory(rq);
+
     assert(rq->ext.state == EXTENT_MAPPED && rq->ext.len_bytes && rq->part_nr_iov);
-    io->ops->rw(io, rq);
+    if (__builtin_expect(ret < 0, 0))
+        rq_part_done(rq, ret);
+    else
+        io->ops->rw(io, rq);
 }
 
 void io_flush(struct io *io, struct rq *rq)
@@ -29,11 +34,27 @@ void io_submit_other(struct io *io, struct rq *rq)
     io->ops->other(io, rq);
 }
 
+// Workers need memory; and this is what the kernel says where the file cannot take a buffer without.
+static bool io_retries_without_buf(int res)
+{
+    return io_is_retried(res) || res == -EINVAL || res == -EFAULT || res == -EOPNOTSUPP;
+}
+
 void io_rw_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);
 
-    if (res == -EINTR || res == -EAGAIN) {
+    if (res < 0 && rq->give_memory) {
+        int ret = io_retries_without_buf(res) ? rq_need_memory(rq) : res;
+
+        if (ret < 0) {
+            res = ret;
+        } else if (!io_is_retried(res)) {
+            io_rw(rq->queue->dev->io, rq);
+            return;
+        }
+    }
+    if (io_is_retried(res)) {
         // Nothing has moved: once more, where it may block.
         workers_submit(op);
         return;

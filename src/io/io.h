@@ -1,6 +1,7 @@
 // An io says how bytes move between memory and the file that the map named.
 #pragma once
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,6 +17,7 @@ struct io_ops {
     const char *name;
     bool is_stored;  // what is written stays somewhere
     bool takes_spec; // --io NAME:SPEC
+    bool takes_bufs; // rw() can do without memory behind rq->iov (rq_need_memory())
     // Optional. Cold. Whether the image is to be opened with O_DIRECT where that can be.
     bool (*wants_direct)(const char *spec);
     size_t io_bytes; // of the io's own struct, which begins with a struct io
@@ -59,6 +61,11 @@ void io_submit_other(struct io *io, struct rq *rq);
 // For ios: the part at hand as one operation of the ring; io_rw_done() passes on what came.
 void io_queue_rw(struct rq *rq, void (*done)(struct ring_op *op, int res));
 void io_rw_done(struct ring_op *op, int res);
+// What io_rw_done() has done again.
+static inline bool io_is_retried(int res)
+{
+    return res == -EINTR || res == -EAGAIN;
+}
 // The same without the queueing.
 void io_prep_rw(struct rq *rq, void (*done)(struct ring_op *op, int res));
 // fdatasync of rq->ext.fd through the ring.

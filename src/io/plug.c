@@ -92,7 +92,9 @@ static bool plug_takes(const struct plug *plug, const struct rq *rq)
 {
     const struct ring_op *last = &plug->last->ring_op, *op = &rq->ring_op;
 
-    return last->code == op->code && last->fd == op->fd && !last->rw_flags && !op->rw_flags &&
+    // One vector names one registered buffer only.
+    return !plug->last->give_memory && !rq->give_memory && last->code == op->code && last->fd == op->fd &&
+           !last->rw_flags && !op->rw_flags &&
            last->rw.offset_bytes + rq_part_bytes(plug->last) == op->rw.offset_bytes &&
            plug->nr_iov + rq->part_nr_iov <= PLUG_MAX_RQS &&
            plug->len_bytes + rq_part_bytes(rq) <= PLUG_MAX_BYTES;

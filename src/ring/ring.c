@@ -209,3 +209,8 @@ void ring_remove_buf(struct ring *ring, int buf_index)
     if (buf_index >= 0)
         ring->ops->remove_buf(ring, buf_index);
 }
+
+int ring_reserve_bufs(struct ring *ring, unsigned nr)
+{
+    return ring->ops->reserve_bufs ? ring->ops->reserve_bufs(ring, nr) : -1;
+}

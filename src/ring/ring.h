@@ -45,7 +45,8 @@ struct ring_op {
         int rw_flags;
         unsigned events;
     };
-    int buf_index; // READ, WRITE: registered buffer that holds iov[0] (from ring_add_buf), or -1
+    int buf_index; // READ, WRITE: registered buffer that holds iov[0] (from ring_add_buf), or -1; of one from
+                   // ring_reserve_bufs(), iov[0] has the offset
     union {
         struct {
             const struct iovec *iov; // stays valid and unchanged until done()
@@ -115,6 +116,8 @@ struct ring_ops {
     // Optional. An index for buf_index, or -1 where there is none to be had.
     int (*add_buf)(struct ring *ring, void *buf, size_t len_bytes);
     void (*remove_buf)(struct ring *ring, int buf_index);
+    // Optional. The first of nr indexes in a row, in which somebody else (a driver) registers buffers; -1.
+    int (*reserve_bufs)(struct ring *ring, unsigned nr);
 };
 
 struct ring {
@@ -184,6 +187,7 @@ void ring_add_fd(struct ring *ring, int fd);
 void ring_remove_fd(struct ring *ring, int fd);
 int ring_add_buf(struct ring *ring, void *buf, size_t len_bytes);
 void ring_remove_buf(struct ring *ring, int buf_index);
+int ring_reserve_bufs(struct ring *ring, unsigned nr);
 
 // For the two kinds: what came by ring_post(), after wake_fd was read.
 void ring_drain_inbox(struct ring *ring);

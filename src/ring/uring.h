@@ -29,7 +29,7 @@ struct uring {
     uint64_t event_count;     // where what eventfds counted goes
     unsigned nr_io;           // READ, WRITE and FSYNC in flight: completions that will come soon
     bool is_late;             // the last wait for a batch brought nothing
-    bool has_files, has_buffers, has_taskrun_flag;
+    bool has_files, has_buffers, has_reserved_bufs, has_taskrun_flag;
     uint32_t cmd_bytes;               // room for a command's data in a submission
     bool is_fd_fixed[URING_MAX_FDS];  // fd is registered, in the slot of the same number
     size_t buf_bytes[URING_MAX_BUFS]; // 0: the slot is free

@@ -109,6 +109,26 @@ static void uring_remove_buf(struct ring *ring, int buf_index)
     uring->buf_bytes[buf_index] = 0;
 }
 
+// The table cannot grow: it is made anew, which needs it to be empty.
+static int uring_reserve_bufs(struct ring *ring, unsigned nr)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+
+    if (!uring->has_buffers || uring->has_reserved_bufs)
+        return -1;
+    for (unsigned i = 0; i < URING_MAX_BUFS; i++) {
+        if (uring->buf_bytes[i])
+            return -1;
+    }
+    io_uring_unregister_buffers(&uring->io);
+    uring->has_reserved_bufs = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS + nr);
+    if (uring->has_reserved_bufs)
+        return URING_MAX_BUFS;
+    uring->buf_bytes_left = 0;
+    uring->has_buffers = false;
+    return -1;
+}
+
 // What a ring may register.
 static size_t uring_buf_bytes(void)
 {
@@ -181,4 +201,5 @@ const struct ring_ops ring_uring_ops = {
     .remove_fd = uring_remove_fd,
     .add_buf = uring_add_buf,
     .remove_buf = uring_remove_buf,
+    .reserve_bufs = uring_reserve_bufs,
 };

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/types.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -43,6 +44,10 @@ static struct fake {
     unsigned nr_fetched;
     sem_t answered;
     unsigned nr_paths; // commands that came with a path
+    // Zero copy: a tag's pages are data of the device file, where USER_COPY has them too.
+    int data_fd, buf_error;
+    unsigned nr_buf_ios, nr_reserved;
+    uint64_t fetch_addr[MAX_QUEUES][DEPTH];
 } fake;
 
 // ---- The driver
@@ -67,9 +72,53 @@ static void log_is(const char *text)
     fake.nr_log = 0;
 }
 
+static off_t fake_data(unsigned q, unsigned tag)
+{
+    return (off_t)(UBLK_DATA_OFFSET + ((uint64_t)q << UBLK_DATA_QUEUE_SHIFT) +
+                   ((uint64_t)tag << UBLK_DATA_TAG_SHIFT));
+}
+
+#define FIRST_BUF 4 // each queue's ring has its own
+
+static int fake_reserve_bufs(struct ring *ring, unsigned nr)
+{
+    (void)ring;
+    if (fake.nr_reserved == UINT_MAX)
+        return -1;
+    fake.nr_reserved += nr;
+    return FIRST_BUF;
+}
+
+// With a buffer that the kernel has: between its pages and the image.
+static int fake_buf_io(struct ring_op *op)
+{
+    struct ublk_rq *urq = container_of(container_of(op, struct rq, ring_op), struct ublk_rq, rq);
+    off_t at = fake_data(urq->hwq->index, (unsigned)op->buf_index - FIRST_BUF);
+    char *buf = aligned_alloc(4096, op->rw.iov->iov_len); // the image has O_DIRECT
+    ssize_t n;
+
+    assert_int_equal(op->rw.nr_iov, 1);
+    at += (off_t)(uintptr_t)op->rw.iov->iov_base;
+    n = op->code == RING_READ ? pread(op->fd, buf, op->rw.iov->iov_len, (off_t)op->rw.offset_bytes)
+                              : pread(fake.data_fd, buf, op->rw.iov->iov_len, at);
+    assert_true(n >= 0);
+    if (op->code == RING_READ)
+        assert_int_equal(pwrite(fake.data_fd, buf, (size_t)n, at), n);
+    else
+        n = pwrite(op->fd, buf, (size_t)n, (off_t)op->rw.offset_bytes);
+    free(buf);
+    fake.nr_buf_ios++;
+    return (int)n;
+}
+
 static void fake_ring_queue(struct ring *ring, struct ring_op *op)
 {
     struct ublk_io_cmd cmd;
+
+    if ((op->code == RING_READ || op->code == RING_WRITE) && op->buf_index >= FIRST_BUF) {
+        ring_post(ring, op, fake.buf_error ? fake.buf_error : fake_buf_io(op));
+        return;
+    }
 
     if (op->code != RING_CMD) {
         fake.base->queue(ring, op);
@@ -82,6 +131,7 @@ static void fake_ring_queue(struct ring *ring, struct ring_op *op)
     assert_null(fake.fetches[cmd.q_id][cmd.tag]);
     fake.fetches[cmd.q_id][cmd.tag] = op;
     fake.cmds[cmd.q_id][cmd.tag] = cmd;
+    fake.fetch_addr[cmd.q_id][cmd.tag] = (uintptr_t)op->cmd.addr;
     fake.cmd_op = op->cmd.op;
     fake.nr_fetched++;
     if ((op->cmd.op & 0xff) == UBLK_COMMIT_AND_FETCH)
@@ -145,7 +195,7 @@ static void fake_add(void)
     assert_int_equal(ftruncate(fd, MAX_QUEUES * STRIDE), 0);
     fake.descs = mmap(NULL, MAX_QUEUES * STRIDE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(fake.descs, MAP_FAILED);
-    close(fd);
+    fake.data_fd = fd;
     fake.is_there = true;
 }
 
@@ -155,6 +205,7 @@ static void fake_del(void)
 
     ublk_ctrl_path(path, 'c', fake.info.dev_id);
     unlink(path);
+    close(fake.data_fd);
     munmap(fake.descs, MAX_QUEUES * STRIDE);
     fake.is_there = false;
 }
@@ -288,6 +339,7 @@ static void fake_init(void **state)
     fake.ring_ops = *fake.base;
     fake.ring_ops.create = fake_ring_create;
     fake.ring_ops.queue = fake_ring_queue;
+    fake.ring_ops.reserve_bufs = fake_reserve_bufs;
     pthread_mutex_init(&fake.lock, NULL);
     sem_init(&fake.answered, 0, 0);
     fixture_make_dir(fake.dir);
@@ -301,6 +353,7 @@ static int hold(struct session *session, const char *addr, bool is_supervised)
     return ublk_transport_ops.hold(&session->hold,
                                    &(struct transport_hold_options){.nr_queues = MAX_QUEUES,
                                                                     .depth = DEPTH,
+                                                                    .is_direct = true,
                                                                     .is_supervised = is_supervised},
                                    &session->err);
 }
@@ -536,6 +589,155 @@ static void a_device_of_a_user_is_named_by_its_path(void **state)
     end(&session);
 }
 
+static void data_put(unsigned q, unsigned tag, const char *buf, size_t len)
+{
+    assert_int_equal(pwrite(fake.data_fd, buf, len, fake_data(q, tag)), len);
+}
+
+static void data_is(unsigned q, unsigned tag, size_t from, size_t len, char byte)
+{
+    char *buf = malloc(len);
+
+    assert_int_equal(pread(fake.data_fd, buf, len, fake_data(q, tag) + (off_t)from), len);
+    for (size_t i = 0; i < len; i++)
+        assert_int_equal(buf[i], byte);
+    free(buf);
+}
+
+static void begin_zero_copy(struct session *session, void **state, const struct fixture_options *options)
+{
+    fake_init(state);
+    fake.features |= UBLK_F_USER_COPY | UBLK_F_AUTO_BUF_REG;
+    assert_int_equal(hold(session, "", false), 0);
+    if (start(session, options) < 0)
+        fail_msg("%s", session->err.line);
+    assert_true(fake.info.flags & UBLK_F_AUTO_BUF_REG && fake.info.flags & UBLK_F_USER_COPY);
+}
+
+// Writes and reads 8 KiB on every tag; every second one without a buffer of the kernel's.
+static void zero_copy_round(uint32_t other_flags)
+{
+    char data[8192];
+
+    for (unsigned i = 0; i < 2 * MAX_QUEUES * DEPTH; i++) {
+        unsigned q = i % MAX_QUEUES, tag = i / MAX_QUEUES % DEPTH;
+        uint32_t flags = tag & 1 ? other_flags : 0;
+
+        memset(data, (int)(1 + i), sizeof(data));
+        data_put(q, tag, data, sizeof(data));
+        assert_int_equal(fake_do(q, tag, UBLK_OP_WRITE | flags, 16 * i, 16), 8192);
+        memset(data, 0, sizeof(data));
+        data_put(q, tag, data, sizeof(data));
+        assert_int_equal(fake_do(q, tag, UBLK_OP_READ | flags, 16 * i, 16), 8192);
+        data_is(q, tag, 0, sizeof(data), (char)(1 + i));
+    }
+}
+
+static void data_need_not_be_copied(void **state)
+{
+    struct session session;
+
+    begin_zero_copy(&session, state, &(struct fixture_options){.io = "direct", .size_bytes = 4 * MiB});
+    assert_int_equal(fake.nr_reserved, MAX_QUEUES * DEPTH);
+    assert_int_equal(fake_buf(1, 3), NULL);
+    assert_int_equal(fake.fetch_addr[1][3], (FIRST_BUF + 3) | UBLK_AUTO_BUF_REG_FALLBACK);
+    assert_true(fake.params.types & UBLK_PARAM_DMA_ALIGN);
+    zero_copy_round(0);
+    assert_int_equal(fake.nr_buf_ios, 4 * MAX_QUEUES * DEPTH);
+    zero_copy_round(UBLK_IO_F_NEED_REG_BUF);
+    assert_int_equal(fake.nr_buf_ios, 6 * MAX_QUEUES * DEPTH);
+    assert_int_equal(fake_do(0, 7, UBLK_OP_FLUSH | UBLK_IO_F_NEED_REG_BUF, UINT64_MAX, 0), 0);
+    assert_int_equal(fake_do(0, 7, UBLK_OP_DISCARD, 0, 16), 0);
+    end(&session);
+}
+
+static void data_is_copied_by_hand_for_what_has_to_see_it(void **state)
+{
+    static const char *const ios[] = {"buffered", "null", "fault:io=buffered"};
+
+    for (unsigned i = 0; i < ARRAY_SIZE(ios); i++) {
+        struct session session;
+        char byte = 1;
+
+        begin_zero_copy(&session, state, &(struct fixture_options){.io = ios[i], .size_bytes = 4 * MiB});
+        if (i == 1) {
+            data_put(0, 0, &byte, 1);
+            assert_int_equal(fake_do(0, 0, UBLK_OP_READ, 0, 16), 8192);
+            data_is(0, 0, 0, 8192, 0);
+        } else {
+            zero_copy_round(0);
+        }
+        assert_int_equal(fake.nr_buf_ios, 0);
+        end(&session);
+    }
+}
+
+static void a_ring_without_room_has_data_copied_by_hand(void **state)
+{
+    struct session session;
+
+    fake_init(state);
+    fake.features |= UBLK_F_USER_COPY | UBLK_F_AUTO_BUF_REG;
+    fake.nr_reserved = UINT_MAX;
+    assert_int_equal(hold(&session, "", false), 0);
+    assert_int_equal(start(&session, &(struct fixture_options){.io = "direct", .size_bytes = 4 * MiB}), 0);
+    assert_int_equal(fake.fetch_addr[0][0], UINT16_MAX | UBLK_AUTO_BUF_REG_FALLBACK);
+    assert_int_equal(fake_do(0, 0, UBLK_OP_READ | UBLK_IO_F_NEED_REG_BUF, 0, 16), 8192);
+    assert_int_equal(fake.nr_buf_ios, 0);
+    end(&session);
+}
+
+// The file cannot, or a worker has to go on with it.
+static void a_buffer_that_is_refused_is_copied_by_hand(void **state)
+{
+    static const int errors[] = {-EINVAL, -EFAULT, -EOPNOTSUPP, -EAGAIN, -EINTR};
+
+    for (unsigned i = 0; i < ARRAY_SIZE(errors); i++) {
+        struct session session;
+
+        begin_zero_copy(&session, state, &(struct fixture_options){.io = "direct", .size_bytes = 4 * MiB});
+        fake.buf_error = errors[i];
+        zero_copy_round(0);
+        fake.buf_error = -EIO;
+        assert_int_equal(fake_do(0, 0, UBLK_OP_READ, 0, 16), -EIO);
+        end(&session);
+    }
+}
+
+// The image ends within the request: zeroes from there on, and what came before stays.
+static void what_is_behind_the_end_of_the_image_is_zeroes(void **state)
+{
+    struct session session;
+    char data[16384];
+
+    begin_zero_copy(&session, state, &(struct fixture_options){.io = "direct", .size_bytes = 4 * MiB});
+    memset(data, 7, sizeof(data));
+    data_put(1, 2, data, sizeof(data));
+    assert_int_equal(fake_do(1, 2, UBLK_OP_WRITE, 0, 32), 16384);
+    assert_int_equal(ftruncate(session.fixture.dev->image->fd, 4096), 0);
+    assert_int_equal(fake_do(1, 2, UBLK_OP_READ, 0, 32), 16384);
+    data_is(1, 2, 0, 4096, 7);
+    data_is(1, 2, 4096, 12288, 0);
+    end(&session);
+}
+
+static void not_every_device_goes_without_copies(void **state)
+{
+    struct session session;
+
+    fake_init(state);
+    fake.features |= UBLK_F_AUTO_BUF_REG; // what has to be seen could not be
+    assert_int_equal(hold(&session, "", false), 0);
+    assert_false(fake.info.flags & (UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY));
+    ublk_transport_ops.release(&session.hold);
+    fake.features |= UBLK_F_USER_COPY;
+    fake.is_user = true;
+    assert_int_equal(hold(&session, "", false), 0);
+    assert_false(fake.info.flags & (UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY));
+    ublk_transport_ops.release(&session.hold);
+    rmdir(fake.dir);
+}
+
 static void a_new_size_is_told(void **state)
 {
     struct session session;
@@ -560,7 +762,7 @@ static struct ublk_params params_with(uint32_t min_block, uint32_t preferred, bo
         .durability = {.has_volatile_cache = has_cache},
     };
 
-    return ublk_params_of(&dev, BUF_BYTES);
+    return ublk_params_of(&dev, &(struct ublk_dev_info){.max_io_buf_bytes = BUF_BYTES});
 }
 
 static void parameters_follow_from_the_device(void **state)
@@ -602,6 +804,12 @@ int main(void)
         cmocka_unit_test(a_start_that_fails_takes_all_back),
         cmocka_unit_test(no_driver_is_said),
         cmocka_unit_test(a_device_of_a_user_is_named_by_its_path),
+        cmocka_unit_test(data_need_not_be_copied),
+        cmocka_unit_test(data_is_copied_by_hand_for_what_has_to_see_it),
+        cmocka_unit_test(a_ring_without_room_has_data_copied_by_hand),
+        cmocka_unit_test(a_buffer_that_is_refused_is_copied_by_hand),
+        cmocka_unit_test(what_is_behind_the_end_of_the_image_is_zeroes),
+        cmocka_unit_test(not_every_device_goes_without_copies),
         cmocka_unit_test(a_new_size_is_told),
         cmocka_unit_test(parameters_follow_from_the_device),
     };

@@ -27,7 +27,9 @@ enum ublk_cmd {
 #define UBLK_F_USER_RECOVERY_REISSUE (1ULL << 4) // also those that it had
 #define UBLK_F_UNPRIVILEGED_DEV (1ULL << 5)
 #define UBLK_F_CMD_IOCTL_ENCODE (1ULL << 6)
+#define UBLK_F_USER_COPY (1ULL << 7) // 6.5: data is read and written at /dev/ublkcN
 #define UBLK_F_UPDATE_SIZE (1ULL << 10)
+#define UBLK_F_AUTO_BUF_REG (1ULL << 11) // 6.16: the request's pages are a registered buffer of the ring
 
 enum ublk_state {
     UBLK_DEAD,
@@ -62,6 +64,7 @@ struct ublk_dev_info {
 
 #define UBLK_PARAM_BASIC (1U << 0)
 #define UBLK_PARAM_DISCARD (1U << 1)
+#define UBLK_PARAM_DMA_ALIGN (1U << 4) // 6.15
 
 #define UBLK_ATTR_READ_ONLY (1U << 0)
 #define UBLK_ATTR_VOLATILE_CACHE (1U << 2)
@@ -79,6 +82,10 @@ struct ublk_params {
         uint32_t alignment, granularity, max_sectors, max_write_zeroes_sectors;
         uint16_t max_segments, reserved0;
     } discard;
+    uint32_t others[12]; // device numbers, zones
+    struct {
+        uint32_t alignment_mask, reserved0;
+    } dma;
 };
 
 enum ublk_op {
@@ -91,6 +98,7 @@ enum ublk_op {
 
 #define UBLK_IO_F_FUA (1U << 13)
 #define UBLK_IO_F_NOUNMAP (1U << 15)
+#define UBLK_IO_F_NEED_REG_BUF (1U << 17) // AUTO_BUF_REG: it did not work out
 
 // One a tag, in memory that the kernel writes and we read.
 struct ublk_io_desc {
@@ -105,3 +113,12 @@ struct ublk_io_cmd {
     int32_t result; // bytes of READ and WRITE, or a negative errno
     uint64_t addr;  // of the tag's buffer
 };
+
+// With AUTO_BUF_REG, of the submission's addr: the index of the tag's buffer, and what to do when it is
+// taken.
+#define UBLK_AUTO_BUF_REG_FALLBACK (1U << 16)
+
+// With USER_COPY: where a request's data is in /dev/ublkcN.
+#define UBLK_DATA_OFFSET 0x80000000ULL
+#define UBLK_DATA_TAG_SHIFT 25
+#define UBLK_DATA_QUEUE_SHIFT 41

@@ -23,6 +23,8 @@
 #define PR_SET_IO_FLUSHER 57
 #endif
 
+// B7: both are needed, for the data that somebody has to see.
+#define UBLK_F_ZERO_COPY (UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY)
 #define UBLK_MAGIC 0x7468676962ULL // in ublksrv_flags: the device is one of bight's
 // The kernel has to notice that a worker is dead, and to take its rings apart.
 #define TAKE_OVER_TIMEOUT_NS (20 * NSEC_PER_SEC)
@@ -60,9 +62,9 @@ static int hold_find_or_add(struct ublk_ctrl *ctrl, struct ublk_dev_info *info, 
     struct ublk_dev_info found;
     int ret = ublk_ctrl_add(ctrl, info);
 
-    if (ret == -EPERM) { // no CAP_SYS_ADMIN; the kernel has recovery for root only
+    if (ret == -EPERM) { // no CAP_SYS_ADMIN; the kernel has recovery and zero copy for root only
         info->flags |= UBLK_F_UNPRIVILEGED_DEV;
-        info->flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE);
+        info->flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_ZERO_COPY);
         ret = ublk_ctrl_add(ctrl, info);
     }
     if (ret == -EEXIST && !ublk_ctrl_find(ctrl, id, &found) && found.ublksrv_flags == UBLK_MAGIC) {
@@ -111,6 +113,8 @@ static int ublk_hold(struct transport_hold *hold, const struct transport_hold_op
     if (ret < 0)
         return ret;
     info.flags = ctrl.features & (UBLK_F_CMD_IOCTL_ENCODE | UBLK_F_UPDATE_SIZE);
+    if (options->is_direct && !(~ctrl.features & UBLK_F_ZERO_COPY))
+        info.flags |= UBLK_F_ZERO_COPY;
     if (options->is_supervised)
         info.flags |= UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE;
     ret = hold_find_or_add(&ctrl, &info, err);
@@ -154,7 +158,7 @@ static uint8_t shift_of(uint64_t n)
     return (uint8_t)__builtin_ctzll(n);
 }
 
-struct ublk_params ublk_params_of(const struct device *dev, uint32_t max_io_bytes)
+struct ublk_params ublk_params_of(const struct device *dev, const struct ublk_dev_info *info)
 {
     const struct limits *limits = &dev->limits;
     uint32_t logical = max_of(limits->min_block_bytes, (uint32_t)SECTOR_BYTES);
@@ -168,11 +172,16 @@ struct ublk_params ublk_params_of(const struct device *dev, uint32_t max_io_byte
                 .physical_bs_shift = shift_of(physical),
                 .io_opt_shift = shift_of(physical),
                 .io_min_shift = shift_of(physical),
-                .max_sectors = min_of(max_io_bytes, limits->max_transfer_bytes) / SECTOR_BYTES,
+                .max_sectors = min_of(info->max_io_buf_bytes, limits->max_transfer_bytes) / SECTOR_BYTES,
                 .dev_sectors = round_down(limits->size_bytes, logical) / SECTOR_BYTES,
             },
     };
 
+    // Clients' memory goes to the image as it is (B7).
+    if (!(~info->flags & UBLK_F_ZERO_COPY)) {
+        params.types |= UBLK_PARAM_DMA_ALIGN;
+        params.dma.alignment_mask = max_of(dev->image->dio_mem_align, 4U) - 1;
+    }
     if (dev->image->is_read_only) {
         params.basic.attrs = UBLK_ATTR_READ_ONLY;
         return params;
@@ -202,11 +211,27 @@ static void be_io_flusher(void)
         log_verbose("ublk: PR_SET_IO_FLUSHER: %s; out of memory, the device may stall", strerror(errno));
 }
 
+// B7. A ring without room for them has the kernel register none, and say so with each request.
+static void hwq_use_bufs(struct ublk_hwq *hwq)
+{
+    int first = ring_reserve_bufs(hwq->queue->ring, hwq->depth);
+
+    for (unsigned i = 0; i < hwq->depth; i++) {
+        uintptr_t buf = first < 0 ? UINT16_MAX : (unsigned)first + i;
+
+        hwq->rqs[i].op.cmd.addr = (void *)(buf | UBLK_AUTO_BUF_REG_FALLBACK);
+        hwq->rqs[i].cmd.addr = 0;
+    }
+    hwq->first_buf = first;
+}
+
 static void hwq_begin(struct ring_op *op, int res)
 {
     struct ublk_hwq *hwq = container_of(op, struct ublk_hwq, start_op);
 
     be_io_flusher();
+    if (hwq->is_zero_copy)
+        hwq_use_bufs(hwq);
     if (CPU_COUNT(&hwq->cpus))
         sched_setaffinity(0, sizeof(hwq->cpus), &hwq->cpus);
     ring_add_fd(hwq->queue->ring, hwq->fd);
@@ -237,6 +262,7 @@ static int hwq_create(struct ublk_hwq *hwq, struct ublk_disk *disk, unsigned ind
         .fetch_op = ublk_ctrl_encode(&disk->ctrl, UBLK_FETCH),
         .commit_op = ublk_ctrl_encode(&disk->ctrl, UBLK_COMMIT_AND_FETCH),
         .descs_bytes = round_up(info->queue_depth * sizeof(struct ublk_io_desc), page),
+        .is_zero_copy = !(~info->flags & UBLK_F_ZERO_COPY),
         .nr_tags = info->queue_depth,
         .start_op.done = hwq_begin,
     };
@@ -380,7 +406,7 @@ static void disk_stop(struct ublk_disk *disk)
 // The kernel's partition scan reads from the device before START_DEV comes back: the queues serve already.
 static int disk_go(struct ublk_disk *disk, bool is_recovery)
 {
-    struct ublk_params params = ublk_params_of(disk->dev, disk->info.max_io_buf_bytes);
+    struct ublk_params params = ublk_params_of(disk->dev, &disk->info);
     int ret = 0;
 
     if (!is_recovery)
@@ -431,7 +457,8 @@ static int disk_start(struct ublk_disk *disk, struct transport_hold *hold, struc
     if (!ret)
         ret = disk_go(disk, is_recovery);
     if (!ret) {
-        log_verbose("ublk: %s is %s%s", path, dev->name, is_recovery ? ", again" : "");
+        log_verbose("ublk: %s is %s%s%s", path, dev->name, disk->hwqs[0].is_zero_copy ? ", zero copy" : "",
+                    is_recovery ? ", again" : "");
         return 0;
     }
     err_set(err, ret, "ublk: %s: starting: %s", path, strerror(-ret));
@@ -564,7 +591,7 @@ static void ublk_device_changed(struct transport *transport, struct device *dev)
 
     for (unsigned i = 0; i < server->nr_disks; i++) {
         struct ublk_disk *disk = &server->disks[i];
-        struct ublk_params params = ublk_params_of(dev, disk->info.max_io_buf_bytes);
+        struct ublk_params params = ublk_params_of(dev, &disk->info);
         int ret;
 
         if (disk->dev != dev)

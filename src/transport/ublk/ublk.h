@@ -12,6 +12,9 @@
 //  B5. What stops a device may wait for its requests: it runs where nobody serves them.
 //  B6. The kernel deletes a device when nothing of /dev/ublkcN is open or mapped any more: that is before
 //      transport_stopped().
+//  B7. Without a copy (is_zero_copy): while we have a request, its pages are the registered buffer of its tag
+//      in the queue's ring, and the image's I/O goes there. Who has to see the data, or cannot use such a
+//      buffer, asks rq_need_memory(): it is copied then, by hand, by way of /dev/ublkcN.
 #pragma once
 
 #include <sched.h>
@@ -32,6 +35,8 @@ struct ublk_rq {
     struct iovec iov;
     struct ring_op op; // the FETCH
     struct ublk_io_cmd cmd;
+    bool is_copied; // B7: READ: what is behind copied_from_bytes is in the tag's memory
+    uint64_t copied_from_bytes;
 };
 
 // A hardware queue: the queue's thread's own, but for what ublk.c posts.
@@ -42,6 +47,8 @@ struct ublk_hwq {
     uint16_t index, depth;
     uint32_t max_io_bytes;
     uint32_t fetch_op, commit_op; // as the kernel wants them
+    bool is_zero_copy;
+    int first_buf; // B7: of tag 0, or -1: there are none to be had
     const struct ublk_io_desc *descs;
     size_t descs_bytes;
     char *bufs;
@@ -61,5 +68,5 @@ void ublk_hwq_fetched(struct ring_op *op, int res);
 void ublk_hwq_end(struct ublk_hwq *hwq);
 
 struct device;
-// What the kernel is told of the device: pure. max_io_bytes: of one request.
-struct ublk_params ublk_params_of(const struct device *dev, uint32_t max_io_bytes);
+// What the kernel is told of the device: pure.
+struct ublk_params ublk_params_of(const struct device *dev, const struct ublk_dev_info *info);
