@@ -203,12 +203,11 @@ static void verb_changed(struct device_change *change, int error)
     struct verb_change *verb = container_of(change, struct verb_change, change);
     struct control *control = verb->control;
 
-    if (error < 0) {
+    if (!error)
+        error = transports_device_changed(&control->worker->transports, change->dev, &change->err);
+    if (error < 0)
         verb_told(verb, error, &change->err);
-        return;
-    }
-    transports_device_changed(&control->worker->transports, change->dev);
-    if (verb->is_set)
+    else if (verb->is_set)
         verb_told(verb, 0, NULL);
     else
         node_do(&control->node, verb->node_op, verb_told, verb);

@@ -119,12 +119,15 @@ void transport_hold_uri(const struct transport_hold *hold, char *uri, unsigned u
         snprintf(uri, uri_bytes, "%s", hold->addr);
 }
 
-void transports_device_changed(struct transport_set *set, struct device *dev)
+int transports_device_changed(struct transport_set *set, struct device *dev, struct err *err)
 {
+    int result = 0;
+
     for (unsigned i = 0; i < set->nr_transports; i++) {
         struct transport *transport = set->transports[i];
+        int ret = transport->ops->device_changed ? transport->ops->device_changed(transport, dev, err) : 0;
 
-        if (transport->ops->device_changed)
-            transport->ops->device_changed(transport, dev);
+        result = ret < 0 ? ret : result;
     }
+    return result;
 }

@@ -79,9 +79,9 @@ struct transport_ops {
     void (*uri)(const struct transport_hold *hold, char *uri, unsigned uri_bytes);
     // Optional. Main thread. Who uses the device: -EBUSY with err naming them, or 0.
     int (*busy)(struct transport *transport, struct err *err);
-    // Optional. Main thread. The device's size or another limit has changed: clients are told where
-    // the protocol can.
-    void (*device_changed)(struct transport *transport, struct device *dev);
+    // Optional. Main thread. The device's size or another limit may have changed: clients are told where
+    // the protocol can. 0, or a negative errno with err set where they should be, and cannot.
+    int (*device_changed)(struct transport *transport, struct device *dev, struct err *err);
 };
 
 // All transports of a process.
@@ -116,7 +116,8 @@ int transports_start(struct transport_set *set, const struct transport_options *
 // All of them; set->nr_running is 0 when they have stopped. Main thread.
 void transports_stop(struct transport_set *set);
 void transports_destroy(struct transport_set *set);
-void transports_device_changed(struct transport_set *set, struct device *dev);
+// Tells all of them. 0, or a negative errno with err set by one that could not be told.
+int transports_device_changed(struct transport_set *set, struct device *dev, struct err *err);
 
 // -EBUSY with err naming who uses a device, or 0. Main thread.
 int transports_busy(struct transport_set *set, struct err *err);

@@ -744,8 +744,28 @@ static void a_new_size_is_told(void **state)
 
     begin(&session, state, &stored);
     session.fixture.dev->limits.size_bytes = 8 * MiB + 100;
-    transports_device_changed(&session.set, session.fixture.dev);
+    assert_int_equal(transports_device_changed(&session.set, session.fixture.dev, &session.err), 0);
     assert_int_equal(fake.params.basic.dev_sectors, 8 * MiB / 512);
+    fake.bad = UBLK_UPDATE_SIZE;
+    fake.bad_ret = -EIO;
+    assert_int_equal(transports_device_changed(&session.set, session.fixture.dev, &session.err), 0);
+    session.fixture.dev->limits.size_bytes = 4 * MiB;
+    assert_int_equal(transports_device_changed(&session.set, session.fixture.dev, &session.err), -EIO);
+    end(&session);
+}
+
+static void a_driver_that_cannot_change_the_size_is_named(void **state)
+{
+    struct session session;
+
+    fake_init(state);
+    fake.features &= ~UBLK_F_UPDATE_SIZE;
+    assert_int_equal(hold(&session, "", false), 0);
+    assert_int_equal(start(&session, &stored), 0);
+    assert_int_equal(transports_device_changed(&session.set, session.fixture.dev, &session.err), 0);
+    session.fixture.dev->limits.size_bytes = 8 * MiB;
+    assert_int_equal(transports_device_changed(&session.set, session.fixture.dev, &session.err), -EOPNOTSUPP);
+    assert_non_null(strstr(session.err.line, "ublkb3 keeps its size: this kernel cannot"));
     end(&session);
 }
 
@@ -811,6 +831,7 @@ int main(void)
         cmocka_unit_test(what_is_behind_the_end_of_the_image_is_zeroes),
         cmocka_unit_test(not_every_device_goes_without_copies),
         cmocka_unit_test(a_new_size_is_told),
+        cmocka_unit_test(a_driver_that_cannot_change_the_size_is_named),
         cmocka_unit_test(parameters_follow_from_the_device),
     };
 

@@ -250,10 +250,11 @@ static int fuse_busy(struct transport *transport, struct err *err)
     return 0;
 }
 
-static void fuse_device_changed(struct transport *transport, struct device *dev)
+static int fuse_device_changed(struct transport *transport, struct device *dev, struct err *err)
 {
     struct fuse_server *server = container_of(transport, struct fuse_server, transport);
 
+    (void)err;
     for (unsigned i = 0; i < server->nr_files; i++) {
         // Attributes and all pages: the bytes may be those of another image. The kernel waits for pages
         // that are being read or written; the queues, which are not frozen any more, see to that (F4).
@@ -262,6 +263,7 @@ static void fuse_device_changed(struct transport *transport, struct device *dev)
         if (server->files[i].dev == dev)
             fuse_notify(server->files[i].hold->fd, FUSE_NOTIFY_INVAL_INODE, &out, sizeof(out));
     }
+    return 0;
 }
 
 const struct transport_ops fuse_transport_ops = {

@@ -42,9 +42,10 @@ struct ublk_disk {
     struct ublk_ctrl ctrl;
     struct ublk_dev_info info;
     struct ublk_hwq *hwqs;
-    unsigned nr_hwqs;  // that have begun
-    int fd;            // of /dev/ublkcN
-    struct ring *ring; // the main thread's
+    unsigned nr_hwqs;     // that have begun
+    int fd;               // of /dev/ublkcN
+    uint64_t dev_sectors; // as the kernel was told
+    struct ring *ring;    // the main thread's
     struct ring_op stop_op;
 };
 
@@ -409,6 +410,7 @@ static int disk_go(struct ublk_disk *disk, bool is_recovery)
     struct ublk_params params = ublk_params_of(disk->dev, &disk->info);
     int ret = 0;
 
+    disk->dev_sectors = params.basic.dev_sectors;
     if (!is_recovery)
         ret = ublk_ctrl_send(&disk->ctrl, UBLK_SET_PARAMS, &params, sizeof(params), 0);
     if (ret < 0)
@@ -585,25 +587,29 @@ static int ublk_busy(struct transport *transport, struct err *err)
     return 0;
 }
 
-static void ublk_device_changed(struct transport *transport, struct device *dev)
+static int ublk_device_changed(struct transport *transport, struct device *dev, struct err *err)
 {
     struct ublk_server *server = container_of(transport, struct ublk_server, transport);
+    int result = 0;
 
     for (unsigned i = 0; i < server->nr_disks; i++) {
         struct ublk_disk *disk = &server->disks[i];
         struct ublk_params params = ublk_params_of(dev, &disk->info);
         int ret;
 
-        if (disk->dev != dev)
+        if (disk->dev != dev || params.basic.dev_sectors == disk->dev_sectors)
             continue;
         ret = disk->info.flags & UBLK_F_UPDATE_SIZE
                   ? ublk_ctrl_send(&disk->ctrl, UBLK_UPDATE_SIZE, NULL, 0, params.basic.dev_sectors)
                   : -EOPNOTSUPP;
-        if (ret < 0)
-            log_line("%s: /dev/ublkb%u keeps its size: %s; detach and attach it again", dev->name,
-                     disk->ctrl.id,
-                     ret == -EOPNOTSUPP ? "this kernel cannot change it (6.16 can)" : strerror(-ret));
+        if (!ret)
+            disk->dev_sectors = params.basic.dev_sectors;
+        else
+            result = err_set(err, ret, "%s: /dev/ublkb%u keeps its size: %s; detach and attach it again",
+                             dev->name, disk->ctrl.id,
+                             ret == -EOPNOTSUPP ? "this kernel cannot change it (6.16 can)" : strerror(-ret));
     }
+    return result;
 }
 
 const struct transport_ops ublk_transport_ops = {

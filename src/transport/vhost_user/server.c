@@ -179,14 +179,16 @@ static int vhost_user_busy(struct transport *transport, struct err *err)
     return 0;
 }
 
-static void vhost_user_device_changed(struct transport *transport, struct device *dev)
+static int vhost_user_device_changed(struct transport *transport, struct device *dev, struct err *err)
 {
     struct server *server = container_of(transport, struct server, transport);
 
+    (void)err;
     for (unsigned i = 0; dev == server->options.devs[0] && i < server->nr_listeners; i++) {
         if (server->listeners[i].session)
             session_device_changed(server->listeners[i].session);
     }
+    return 0;
 }
 
 const struct transport_ops vhost_user_transport_ops = {
