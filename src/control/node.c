@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -13,7 +14,8 @@
 #include "util/util.h"
 
 struct node_work {
-    struct ring_op op;
+    struct ring_op op; // posted by the thread
+    pthread_t thread;
     struct node *node;
     enum node_op what;
     char device[LOOP_DEVICE_BYTES];
@@ -33,9 +35,8 @@ static int node_reread(const char *device, struct err *err)
     return ret;
 }
 
-static int node_work(struct ring_op *op)
+static int node_work(struct node_work *work)
 {
-    struct node_work *work = container_of(op, struct node_work, op);
     struct stat st;
 
     switch (work->what) {
@@ -51,11 +52,20 @@ static int node_work(struct ring_op *op)
     }
 }
 
+static void *node_main(void *arg)
+{
+    struct node_work *work = arg;
+
+    ring_post(work->node->ring, &work->op, node_work(work));
+    return NULL;
+}
+
 static void node_work_done(struct ring_op *op, int res)
 {
     struct node_work *work = container_of(op, struct node_work, op);
     struct node *node = work->node;
 
+    pthread_join(work->thread, NULL); // R5: it is past its post
     if (work->what == NODE_ATTACH && !res)
         memcpy(node->device, work->device, sizeof(node->device));
     if (work->what == NODE_DETACH && !res)
@@ -69,6 +79,7 @@ void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int err
              void *arg)
 {
     struct node_work *work;
+    int ret;
 
     if (op != NODE_ATTACH && !node->device[0]) {
         done(arg, 0, NULL);
@@ -79,14 +90,19 @@ void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int err
         done(arg, -ENOMEM, &(struct err){.line = "out of memory"});
         return;
     }
-    work->op = (struct ring_op){.done = node_work_done, .code = RING_CALL, .call = node_work};
+    work->op = (struct ring_op){.done = node_work_done};
     work->node = node;
     work->what = op;
     work->done = done;
     work->arg = arg;
     memcpy(work->device, node->device, sizeof(work->device));
-    ++*node->nr_pending;
-    ring_queue(node->ring, &work->op);
+    ret = -pthread_create(&work->thread, NULL, node_main, work);
+    if (ret < 0) {
+        done(arg, ret, &(struct err){.line = "no thread for it"});
+        free(work);
+        return;
+    }
+    ++*node->nr_pending; // before the ring can see the post: this is its thread
 }
 
 bool node_is_there(const char *device, const char *path)

@@ -1,5 +1,6 @@
-// The kernel's loop device on our FUSE file: what is to be done with it, on threads that may wait (K1 of
-// transport/fuse/loop.h).
+// The kernel's loop device on our FUSE file: what is to be done with it, each on a thread of its own: it
+// waits for what the transport answers (K1 of transport/fuse/loop.h), which may need all workers that there
+// are.
 #pragma once
 
 #include "ring/ring.h"

@@ -102,6 +102,20 @@ class Loop(Attached):
             harness.run("fio", "--name=v", f"--filename={device}", "--ioengine=libaio", "--direct=1", "--rw=randrw",
                         "--bsrange=4k-64k", f"--iodepth={depth}", "--size=16m", "--verify=crc32c", "--verify_fatal=1")
 
+    def test_one_worker_is_enough_to_attach_resize_and_switch(self):
+        """It serves the very file that the kernel looks at meanwhile."""
+        image = self.image(size=8 * M)
+        device = self.attach_loop("--io", "buffered", "--workers", "1", image)
+        os.truncate(image, 12 * M)
+        self.bight("resize", "disk")
+        self.assertEqual(harness.run("blockdev", "--getsize64", device).stdout.strip(), str(12 * M))
+        with open(device, "r+b", buffering=0) as file:
+            file.seek(11 * M)
+            file.write(b"one" * 1024)
+        self.bight("switch", "disk", self.image(name="other.img", size=12 * M))
+        self.bight("detach", "disk")
+        self.assertEqual(harness.read_file(image)[11 * M:11 * M + 3072], b"one" * 1024)
+
     def test_kills_of_the_worker_under_load_lose_nothing_that_was_flushed(self):
         """Twenty in a row, while fio writes and verifies."""
         image = self.formatted("ext4", 96 * M)
