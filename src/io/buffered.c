@@ -1,7 +1,9 @@
 // buffered: through the kernel's page cache.
 //
 //  U1. Reads are tried without blocking on the queue's own thread (RWF_NOWAIT): what is cached costs a
-//      copy and no switch. What is not goes to the ring, many at once.
+//      copy and no switch. What is not goes to the ring, many at once. A try that fails has begun to
+//      read, alone: the disk is told of each. So after some that failed in a row more and more reads
+//      are not tried: what a turn of the ring has is told to the disk at once.
 //  U2. Writes to one file only fight for its lock: one thread at a time hands them to the kernel, in the
 //      order in which they came. The queue's own does as long as nobody else writes and writes are
 //      quick: without blocking where the file system can tell (XFS), else whole pages, which need no
@@ -25,6 +27,8 @@
 
 // More than this is a long copy, for which the other requests of the queue would have to wait.
 #define NOWAIT_MAX_BYTES (256 * 1024)
+// Reads that go without a try after tries that failed: 1, 3, 7... and no more than this.
+#define UNTRIED_MAX 64
 // A write that is longer is better copied by a worker while this thread receives the next one.
 #define INLINE_WRITE_MAX_BYTES (8 * 1024)
 // A write into the page cache that takes longer did not only copy.
@@ -36,6 +40,7 @@ struct buffered {
     struct io io;
     bool is_single;                                      // U3
     atomic_bool cannot_read_nowait, cannot_write_nowait; // the file system has none; latched
+    atomic_uint nr_failed, nr_untried;                   // U1: tries in a row, and reads that go without one
     _Atomic uint64_t slow_until_ns;                      // U2
     struct writer writer;
 };
@@ -52,16 +57,41 @@ static int buffered_try_nowait(const struct ring_op *op)
     return n < 0 ? -errno : (int)n;
 }
 
+// U1. Queues share the counts, and may lose some.
+static bool buffered_may_try(struct buffered *buffered, const struct rq *rq)
+{
+    unsigned nr_untried = atomic_load_explicit(&buffered->nr_untried, memory_order_relaxed);
+
+    if (plug_bytes(rq) > NOWAIT_MAX_BYTES ||
+        atomic_load_explicit(&buffered->cannot_read_nowait, memory_order_relaxed))
+        return false;
+    if (nr_untried)
+        atomic_store_explicit(&buffered->nr_untried, nr_untried - 1, memory_order_relaxed);
+    return !nr_untried;
+}
+
+static int buffered_try_read(struct buffered *buffered, const struct ring_op *op)
+{
+    unsigned nr_failed = atomic_load_explicit(&buffered->nr_failed, memory_order_relaxed);
+    int res = buffered_try_nowait(op);
+
+    if (res == -EOPNOTSUPP) {
+        atomic_store(&buffered->cannot_read_nowait, true);
+    } else if (res == -EAGAIN) {
+        nr_failed = min_of(2 * nr_failed + 1, UNTRIED_MAX);
+        atomic_store_explicit(&buffered->nr_failed, nr_failed, memory_order_relaxed);
+        atomic_store_explicit(&buffered->nr_untried, nr_failed, memory_order_relaxed);
+    } else if (nr_failed) {
+        atomic_store_explicit(&buffered->nr_failed, 0, memory_order_relaxed);
+    }
+    return res;
+}
+
 static void buffered_read(struct buffered *buffered, struct rq *rq)
 {
     struct ring_op *op = &rq->ring_op;
-    int res = -EAGAIN;
+    int res = buffered_may_try(buffered, rq) ? buffered_try_read(buffered, op) : -EAGAIN;
 
-    if (plug_bytes(rq) <= NOWAIT_MAX_BYTES &&
-        !atomic_load_explicit(&buffered->cannot_read_nowait, memory_order_relaxed))
-        res = buffered_try_nowait(op); // U1
-    if (res == -EOPNOTSUPP)
-        atomic_store(&buffered->cannot_read_nowait, true);
     if (res > 0)
         op->done(op, res);
     else // 0 as well: the end of the file is looked for where it may block
