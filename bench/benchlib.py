@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Callable, Optional
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -103,8 +104,8 @@ def need(root=False, tools=()):
 # ---- scratch devices and images
 
 @contextlib.contextmanager
-def scratch_dir():
-    path = tempfile.mkdtemp(prefix="bight-bench-", dir="/dev/shm")
+def scratch_dir(parent="/dev/shm"):
+    path = tempfile.mkdtemp(prefix="bight-bench-", dir=parent)
     try:
         yield path
     finally:
@@ -228,6 +229,7 @@ class Server:
 
     def __init__(self, argv, workdir, sock):
         self.argv, self.sock = argv, sock
+        self.undo = contextlib.ExitStack()  # what has to go before it does
         with contextlib.suppress(FileNotFoundError):
             os.unlink(sock)
         self.log = open(workdir + "/server.log", "w+")
@@ -263,6 +265,7 @@ class Server:
     def stop(self, seconds=60):
         """SIGTERM, and the resource usage of the whole life. The process is gone afterwards, in any case."""
         usage = None
+        self.undo.close()
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + seconds
@@ -288,16 +291,63 @@ def running(argv, workdir, sock):
     try:
         yield server
     finally:
+        server.undo.close()
         if server.process.returncode is None:
             server.process.kill()
             server.process.wait()
         server.log.close()
 
 
+class Attached:
+    """A device of bight attach, and its worker process. What it used is read while it lives."""
+
+    def __init__(self, bight, options, image, run_dir):
+        self.bight, self.run_dir, self.usage = bight, run_dir, None
+        self.argv = [bight, "attach", *options, image]
+        self.device = self.call("attach", *options, image)
+        self.name = os.listdir(self.run_dir)[0]
+        self.pid = json.loads(self.call("show", "--json", self.name))["worker_pid"]
+
+    def call(self, *argv):
+        done = subprocess.run([self.bight, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"BIGHT_RUN_DIR": self.run_dir})
+        if done.returncode:
+            raise BenchError(f"bight {argv[0]}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
+        return done.stdout.strip()
+
+    said = Server.said
+    cpu_seconds, switches, peak_mib = Server.cpu_seconds, Server.switches, Server.peak_mib
+
+    @property
+    def log(self):
+        return open(f"{self.run_dir}/{self.name}/log")
+
+    def stop(self):
+        """Like Server.stop(), but the usage of the worker's threads that are left."""
+        if not self.usage:
+            self.usage = SimpleNamespace(ru_nvcsw=self.switches(), ru_nivcsw=0)
+            insist(self.call, "detach", self.name)
+        return self.usage
+
+
+@contextlib.contextmanager
+def attached(bight, options, image, workdir):
+    run_dir = tempfile.mkdtemp(prefix="run-", dir=workdir)
+    try:
+        device = Attached(bight, options, image, run_dir)
+        yield device
+        device.stop()
+    finally:
+        if os.listdir(run_dir):
+            subprocess.run([bight, "detach", "--all", "--force"], stdin=subprocess.DEVNULL, timeout=60,
+                           env=os.environ | {"BIGHT_RUN_DIR": run_dir})
+
+
 @dataclass
 class Target:
-    fio: list
+    fio: list  # options of fio that reach it
     server: Optional[Server] = None
+    vhost: Optional[list] = None  # or vu_load and its socket
 
 
 @dataclass
@@ -367,6 +417,16 @@ def first_read(server, seconds=20):
     return (served - server.started) * 1000
 
 
+def wait_for_server(server, is_there, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not is_there():
+        if not server.running():
+            raise BenchError(f"{server.argv[0]}: exit {server.process.returncode} at start: {server.said()}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"{server.argv[0]}: did not begin within {seconds} s: {server.said()}")
+        time.sleep(0.001)
+
+
 def nbd_contestant(name, cache, argv):
     """argv(image, socket) starts an NBD server in the foreground."""
     @contextlib.contextmanager
@@ -384,6 +444,58 @@ def loop_contestant(name, cache, direct):
         with loop(image, direct) as device:
             yield Target(["--ioengine=io_uring", "--direct=1", f"--filename={device}"])
     return Contestant(name, cache, attach)
+
+
+def attach_contestant(name, cache, bight, *options):
+    """The device that bight attach gives."""
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        with attached(bight, options, image, workdir) as server:
+            yield Target(["--ioengine=io_uring", "--direct=1", f"--filename={server.device}"], server)
+    return Contestant(name, cache, attach)
+
+
+def vhost_contestant(name, argv, load, queues):
+    """argv(image, socket) starts a vhost-user-blk server in the foreground; load: the program vu_load."""
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        sock = workdir + "/vhost.sock"
+        with running(argv(image, sock), workdir, sock) as server:
+            wait_for_server(server, lambda: os.path.exists(sock))
+            yield Target([], server, [load, "--socket", sock, "--queues", str(queues)])
+    return Contestant(name, "cold", attach)
+
+
+@contextlib.contextmanager
+def fuse_file(argv, workdir, path):
+    """A server whose file is path, by FUSE. What is put on that goes to its undo."""
+    put(path, "")
+    try:
+        with running(argv, workdir, path + ".none") as server:
+            wait_for_server(server, lambda: f" {path} fuse" in get("/proc/self/mounts"))
+            yield server
+            server.stop()
+    finally:
+        insist(os.unlink, path)
+
+
+def fuse_contestant(name, argv, around=contextlib.nullcontext):
+    """argv(image, path) makes the file path of the image by FUSE; the kernel's loop device is put on that."""
+    @contextlib.contextmanager
+    def attach(image, workdir):
+        path = workdir + "/device"
+        with around(), fuse_file(argv(image, path), workdir, path) as server:
+            device = server.undo.enter_context(loop(path, True))
+            yield Target(["--ioengine=io_uring", "--direct=1", f"--filename={device}"], server)
+    return Contestant(name, "cold", attach, argv)
+
+
+def nbdkit_argv(image, sock):
+    return ["nbdkit", "-f", "-U", sock, "file", image]
+
+
+def qemu_nbd_argv(image, sock):
+    return ["qemu-nbd", "--aio=io_uring", "--cache=none", "-f", "raw", "-x", "", "-t", "-e", "16", "-k", sock, image]
 
 
 def file_contestant(name):
@@ -429,6 +541,20 @@ def fio(target, row, workdir, seconds, ramp, extra=()):
             "lat_p99_us": result["lat_ns"]["percentile"]["99.000000"] / 1000}
 
 
+def vu_load(target, row, seconds, ramp):
+    """The same by bench/vu_load, which is a guest."""
+    argv = [*target.vhost, "--rw", row.rw, "--bs", row.bs, "--depth", str(row.depth), "--seconds", str(seconds),
+            "--ramp", str(ramp)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 + 10 * (seconds + ramp))
+    if done.returncode:
+        raise BenchError(f"vu_load: exit {done.returncode}: {(done.stderr.strip() or done.stdout)[-300:]}")
+    result = json.loads(done.stdout)
+    return {"argv": argv, "iops": result["iops"], "mbps": result["iops"] * parse_size(row.bs) / 1e6,
+            "requests": result["requests"], "requests_with_ramp": result["requests"] * (seconds + ramp) / seconds,
+            "client_cpu_percent": result["cpu_percent"],
+            **{key: result[key] for key in ("lat_mean_us", "lat_p50_us", "lat_p99_us")}}
+
+
 def run_once(contestant, row, image, workdir, seconds, ramp, extra=()):
     with contestant.attach(image.path, workdir) as target:
         server = target.server
@@ -436,7 +562,10 @@ def run_once(contestant, row, image, workdir, seconds, ramp, extra=()):
             cpu, switches = server.cpu_seconds(), server.switches()
         before = cpu_clocks()
         try:
-            result = fio(target, row, workdir, seconds, ramp, extra)
+            if target.vhost:
+                result = vu_load(target, row, seconds, ramp)
+            else:
+                result = fio(target, row, workdir, seconds, ramp, extra)
         except BenchError as error:
             raise BenchError(f"{error}; the server: {server.said()}" if server else str(error))
         busy, steal, client, wall = (now - then for now, then in zip(cpu_clocks(), before))
@@ -464,7 +593,7 @@ def order(contestants, nth):
     return [c for group in rotate(groups, nth) for c in rotate(group, nth)]
 
 
-def measure(file_system, rows, contestants, image, workdir, rounds, seconds, ramp, runs):
+def measure(file_system, rows, contestants, image, workdir, rounds, seconds, ramp, runs, extra=()):
     """Appends to runs, so that what was measured is kept when the rest is interrupted. One failure costs one cell."""
     total, done, began = len(rows) * rounds * len(contestants), 0, time.monotonic()
     for row in rows:
@@ -476,7 +605,7 @@ def measure(file_system, rows, contestants, image, workdir, rounds, seconds, ram
                 run = {"file_system": file_system, "row": row.name, "contestant": contestant.name, "round": nth,
                        "place": place}
                 try:
-                    run.update(run_once(contestant, row, image, workdir, seconds, ramp))
+                    run.update(run_once(contestant, row, image, workdir, seconds, ramp, extra))
                     shown = f"{row.of(run):8.1f} {row.unit}"
                 except (BenchError, OSError, subprocess.TimeoutExpired) as error:
                     run["failed"] = str(error)
@@ -570,7 +699,7 @@ def plot(path, title, runs, rows, contestants):
     panels = [(unit, [r for r in rows if r.unit == unit]) for unit in ("kIOPS", "MB/s")]
     panels = [(unit, rows_here) for unit, rows_here in panels if rows_here]
     script = ["set terminal svg size 1200,520 background rgb 'white' font 'sans-serif,12'", f"set output '{path}'",
-              f"set multiplot layout 1,{len(panels)} title '{title}'", "set style data histograms",
+              f"set multiplot layout 1,{len(panels)} title {quoted(title)}", "set style data histograms",
               "set style histogram errorbars gap 2 lw 1", "set style fill solid 0.85 border -1", "set yrange [0:*]",
               "set grid ytics", "set datafile missing '?'", "set key below"]
     for number, (unit, rows_here) in enumerate(panels):
@@ -585,10 +714,7 @@ def plot(path, title, runs, rows, contestants):
         series = ", ".join(f"$panel{number} using {3 * i + 2}:{3 * i + 3}:{3 * i + 4}:xtic(1) title '{c.name}'"
                            for i, c in enumerate(contestants))
         script.append(f"set ylabel '{unit}'\nplot {series}")
-    done = subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise BenchError(f"gnuplot: {done.stdout.strip()[-300:]}")
+    gnuplot(script)
 
 
 def version(*argv):
@@ -618,7 +744,114 @@ def machine():
             "libnbd": version("nbdinfo", "--version")}
 
 
+def choose(what, wanted, have):
+    """Those of have, a dict, that are named in wanted, comma separated; all where that is empty."""
+    names = wanted.split(",") if wanted else list(have)
+    unknown = [n for n in names if n not in have]
+    if unknown:
+        raise BenchError(f"{what} {' '.join(unknown)}: unknown; there are {' '.join(have)}")
+    return [have[n] for n in have if n in names]
+
+
+def find_bight(path):
+    for p in [path] if path else [f"{ROOT}/{d}/bight" for d in ("build-bench", "build")]:
+        if os.access(p, os.X_OK):
+            return os.path.abspath(p)
+    raise BenchError(f"{path or 'build/bight'}: no such program; ./dev build makes it")
+
+
+def check_scratch(what, needed, available, instead):
+    if needed > available:
+        raise BenchError(f"{what}: {needed >> 20} MiB are needed, {max(available, 0) >> 20} are free; {instead}")
+
+
+def memory_available():
+    return int(re.search(r"MemAvailable:\s+(\d+)", get("/proc/meminfo"))[1]) << 10
+
+
 def results_dir(name):
-    path = f"{ROOT}/bench/results/{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
+    """Of one measurement, in the directory of the whole: ./dev bench says which that is."""
+    path = os.environ.get("BIGHT_BENCH_RESULTS") or f"{ROOT}/bench/results/{time.strftime('%Y-%m-%d-%H%M%S')}"
+    path += f"/{name}"
     os.makedirs(path)
     return path
+
+
+def machine_text(facts):
+    return (f"{facts['cpus']} CPUs{' (virtual)' if facts['virtual'] else ''}: {facts['cpu']}, {facts['memory_mib']} MiB, "
+            f"Linux {facts['kernel']}")
+
+
+class Report:
+    """What a measurement leaves: results.json, table.md and plots; kept up while it runs, so that an interrupted one
+    loses nothing of what it had."""
+
+    def __init__(self, name, args, bight, notes, how):
+        self.directory, self.text, self.runs, self.plots = results_dir(name), "", [], []
+        facts = machine()
+        facts["bight"] = version(bight, "--version")
+        self.facts = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "machine": facts,
+                      "options": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))}}
+        self.figures = {}  # of no run
+        others = facts["others_cpu_percent"]
+        self.add(f"# bench {name}, {self.facts['date']}\n\n{machine_text(facts)}; "
+                 + "; ".join(facts[v] for v in ("bight", "nbdkit", "qemu-nbd", "fio") if facts[v])
+                 + f".\n{how} Before the start others used {others:.0f} % of one core"
+                 f"{'' if others < 10 else ': **not a quiet machine, verdicts may be wrong**'}.\n\n{notes}\n")
+
+    def add(self, text):
+        print(text, flush=True)
+        self.text += text
+        self.save()
+
+    def save(self):
+        put(self.directory + "/table.md", self.text)
+        put(self.directory + "/results.json", json.dumps(self.facts | {"figures": self.figures, "runs": self.runs}, indent=1))
+
+    def add_aims(self, aims):
+        if aims:
+            self.add("### Aims\n\n" + markdown(AIMS_HEADER, aims) + "\n")
+
+    def add_failed(self, runs):
+        failed = [r for r in runs if "failed" in r]
+        if failed:
+            self.add("### Failed\n\n"
+                     + "".join(f"- {r['row']}, {r['contestant']}: {r['failed']}\n" for r in failed) + "\n")
+
+    def end(self):
+        self.save()
+        say(f"bench: {os.path.relpath(self.directory)}/ has results.json, table.md and the plots")
+        return 1 if any("failed" in r for r in self.runs) else 0
+
+
+AIMS_HEADER = ["row", "aim", "wanted", "measured", "verdict"]
+
+
+def aim(row, what, triple, wanted, at_least, count, form="{:.2f}"):
+    """A line of a table of aims."""
+    return [row, what, f"{'≥' if at_least else '≤'} {wanted}", show(triple, form),
+            verdict(triple, wanted, at_least, count)]
+
+
+def quoted(text):
+    """For gnuplot."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def plot_lines(path, title, x_title, y_title, series, log=True):
+    """series: {name: [(x, y)...]}."""
+    script = ["set terminal svg size 900,480 background rgb 'white' font 'sans-serif,12'", f"set output '{path}'",
+              f"set title {quoted(title)}", f"set xlabel {quoted(x_title)}", f"set ylabel {quoted(y_title)}", "set grid", "set key below",
+              "set yrange [0:*]", *(["set logscale x"] if log else [])]
+    for number, points in enumerate(series.values()):
+        script += [f"$s{number} << END", *(f"{x} {y}" for x, y in points), "END"]
+    script.append("plot " + ", ".join(f"$s{n} using 1:2 with linespoints title '{name}'"
+                                      for n, name in enumerate(series)))
+    gnuplot(script)
+
+
+def gnuplot(script):
+    done = subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise BenchError(f"gnuplot: {done.stdout.strip()[-300:]}")
