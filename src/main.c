@@ -7,7 +7,7 @@
 
 static const struct cli_command *const commands[] = {
     &cli_attach, &cli_list,    &cli_show,  &cli_set,   &cli_switch, &cli_resize,
-    &cli_detach, &cli_recover, &cli_stats, &cli_serve, &cli_map,
+    &cli_detach, &cli_recover, &cli_stats, &cli_serve, &cli_map,    &cli_bench,
 };
 
 static int help(FILE *file)

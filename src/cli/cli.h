@@ -9,6 +9,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_serve;
+extern const struct cli_command cli_bench;
 extern const struct cli_command cli_map;
 extern const struct cli_command cli_attach, cli_list, cli_show, cli_set, cli_switch, cli_resize, cli_detach,
     cli_recover, cli_stats;

@@ -74,7 +74,7 @@ def commands_in(lines):
 def examples():
     """Command lines of the README and of the man pages."""
     found = [c for block in code_blocks(text_of("README.md")) for c in commands_in(block)]
-    pages = [f"bight-{command}.1" for command in (*Attached.COMMANDS, "map", "serve")]
+    pages = [f"bight-{command}.1" for command in (*Attached.COMMANDS, "bench", "map", "serve")]
     for page in ("bight.1", *pages):
         for block in re.findall(r"^\.Bd [^\n]*\n(.*?)^\.Ed", man_section(page, "EXAMPLES"), re.M | re.S):
             found += commands_in(block)
@@ -115,12 +115,37 @@ class Serve(unittest.TestCase):
         self.assertEqual(run(BIGHT, "serve", "--help"), run(BIGHT, "help", "serve"))
 
 
-class Map(unittest.TestCase):
+class OfAnImage(unittest.TestCase):
+    """The commands that neither serve nor ask who serves."""
+
+    COMMANDS = ("map", "bench")
+
     def test_man_page_has_every_option_and_no_other(self):
-        self.assertEqual(sorted(man_items(text_of("man/bight-map.1"))), sorted(help_options("map")))
+        for command in self.COMMANDS:
+            with self.subTest(command):
+                items = man_items(man_section(f"bight-{command}.1", "DESCRIPTION"))
+                self.assertEqual(sorted(items), sorted(help_options(command)))
 
     def test_completion_has_every_option_and_no_other(self):
-        self.assertEqual(sorted(complete("bight map -")), sorted(help_options("map")))
+        for command in self.COMMANDS:
+            with self.subTest(command):
+                self.assertEqual(sorted(complete(f"bight {command} -")), sorted(help_options(command)))
+
+    def test_man_page_of_bench_has_the_defaults_of_the_help(self):
+        items, options = man_items(man_section("bight-bench.1", "DESCRIPTION")), help_options("bench")
+        told = {option: re.search(r"default: (\d+)", text) for option, text in options.items()}
+        told = {option: match[1] for option, match in told.items() if match}
+        self.assertEqual(sorted(told), ["--depth", "--seconds"])
+        for option, default in told.items():
+            self.assertRegex(items[option], rf"Default: {default}\b", option)
+
+
+class DevBench(unittest.TestCase):
+    def test_man_page_has_every_option_and_no_other(self):
+        options = {name for line in run("bench/run.py", "--help").splitlines() if line.startswith("  -")
+                   for name in OPTION.findall(line.strip().partition("  ")[0])}
+        self.assertGreater(len(options), 3)
+        self.assertEqual(sorted(man_items(man_section("bight-bench.7", "DESCRIPTION"))), sorted(options))
 
 
 # Options of other commands that a page speaks of
@@ -182,7 +207,7 @@ class Overview(unittest.TestCase):
 class Completion(unittest.TestCase):
     def test_words(self):
         for line, words in (
-            ("bight ser", "serve"), ("bight help ", "attach list show set switch resize detach recover stats serve map"), ("bight help serve ", ""), ("bight nothing ", ""),
+            ("bight ser", "serve"), ("bight help ", "attach list show set switch resize detach recover stats serve map bench"), ("bight help serve ", ""), ("bight nothing ", ""),
             ("bight serve --io ", "direct buffered null fault:"), ("bight serve --io b", "buffered"),
             ("bight serve --io=b", "buffered"), ("bight serve --map ", "linear fastfs"), ("bight serve --format ", "raw"),
             ("bight serve --ring ", "auto uring threads"), ("bight serve --block-size ", "512 1024 2048 4096"),
