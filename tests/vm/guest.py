@@ -32,7 +32,9 @@ import harness
 from harness import PATIENCE, die_with_parent, have, undo_stack
 
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bight", "vm")
-KERNEL_PACKAGE = "linux-image-6.12-cloud-amd64"
+KERNEL = "6.12"  # Debian 12's newest
+KERNEL_WITHOUT_UBLK = ("6.1", None)
+KERNEL_WITH_ZERO_COPY = ("6.18", "trixie-backports")
 VIRTIO_DISK = ["virtio_blk"]
 INIT = r"""#!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/busybox HOME=/root LC_ALL=C
@@ -49,9 +51,8 @@ if grep -q root=/dev/vda /proc/cmdline && [ ! -e /extlinux.conf ]; then
     mount -t ext4 /dev/vda /mnt
     exec switch_root /mnt /init
 fi
-for name in /sys/class/virtio-ports/*/name; do
-    [ "$(cat $name)" != agent ] || port=$(basename $(dirname $name))
-done
+until name=$(grep -lx agent /sys/class/virtio-ports/*/name 2>/dev/null); do sleep 0.01; done
+port=$(basename $(dirname $name))
 exec 3<>/dev/$port
 cd /tmp
 echo 0 0 >&3
@@ -77,40 +78,65 @@ def skip(why):
 # ---- What a guest is made of
 
 
-def _unpacked(package):
-    """The files of a Debian package, under CACHE."""
-    folder = os.path.join(CACHE, package)
-    if os.path.isdir(folder):
-        return folder
+def _apt(suite):
+    """apt-get's and apt-cache's options for that suite of Debian's archive alone; the machine's own lists stay."""
+    if not suite:
+        return []
+    folder = os.path.join(CACHE, suite)
+    for name in ("lists/partial", "cache/archives/partial"):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    sources = harness.write_file(os.path.join(folder, "sources.list"), (
+        "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "
+        f"http://deb.debian.org/debian {suite} main\n").encode())
+    options = ["-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null",
+               "-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+    if not glob.glob(os.path.join(folder, "lists/*_Packages*")):
+        _apt_get(options, "update", "-qq")
+    return options
+
+
+def _apt_get(options, *command, cwd=None):
+    """Its last words, if it fails."""
+    patience = ["-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"]
+    done = subprocess.run(["apt-get", *patience, *options, *command], cwd=cwd, capture_output=True, text=True,
+                          check=False)
+    return None if not done.returncode else (done.stderr.strip() or "failed").splitlines()[-1]
+
+
+def _newest(names):
+    return max(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)], default=None)
+
+
+def _unpacked(version, suite):
+    """The files of the newest package with a kernel of that version, under CACHE."""
+    options, pattern = _apt(suite), rf"linux-image-{re.escape(version)}\.[^ ]*-cloud-amd64"
+    known = subprocess.run(["apt-cache", *options, "search", "--names-only", f"^{pattern}$"], capture_output=True,
+                           text=True, check=False).stdout
+    package = _newest(re.findall(rf"^({pattern}) ", known, re.M))
+    kept = _newest(name for name in os.listdir(CACHE) if re.fullmatch(pattern, name))
+    if not package or package == kept:
+        return os.path.join(CACHE, kept or skip(f"apt knows no cloud kernel {version}; run apt-get update"))
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="part-") as part:
-        got = subprocess.run(["apt-get", "download", package], cwd=part, capture_output=True, text=True, check=False)
+        failed = _apt_get(options, "download", package, cwd=part)
         debs = glob.glob(os.path.join(part, "*.deb"))
-        if got.returncode or not debs:
-            skip(f"apt-get download {package}: {(got.stderr.strip() or 'nothing').splitlines()[-1]}")
+        if failed or not debs:
+            return os.path.join(CACHE, kept or skip(f"apt-get download {package}: {failed or 'nothing came'}"))
         harness.run("dpkg", "-x", debs[0], os.path.join(part, "files"))
-        os.rename(os.path.join(part, "files"), folder)
-    return folder
-
-
-def _real_package(package):
-    """linux-image-6.12-cloud-amd64 is a name for the newest one of its kind."""
-    shown = subprocess.run(["apt-cache", "depends", package], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"Depends: (linux-image-[0-9]\S+)", shown)
-    if found:
-        return found[1]
-    kept = sorted(glob.glob(os.path.join(CACHE, package.replace("image-", "image-*").replace("-cloud", "*-cloud"))))
-    return os.path.basename(kept[-1]) if kept else skip(f"apt knows no {package}; run apt-get update")
+        if not os.path.exists(os.path.join(part, "files/lib")):  # since Debian 13
+            os.symlink("usr/lib", os.path.join(part, "files/lib"))
+        os.rename(os.path.join(part, "files"), os.path.join(CACHE, package))
+    return os.path.join(CACHE, package)
 
 
 @functools.cache
-def kernel(package=KERNEL_PACKAGE):
+def kernel(version=KERNEL, suite=None):
     """(the kernel's image, the folder of its modules)"""
     if not have("apt-get") or os.uname().machine != "x86_64":
         skip("needs Debian's packages for amd64")
     os.makedirs(CACHE, exist_ok=True)
     with open(os.path.join(CACHE, "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = _unpacked(_real_package(package))
+        folder = _unpacked(version, suite)
         modules = glob.glob(os.path.join(folder, "lib/modules/*"))[0]
         if not os.path.exists(os.path.join(modules, "modules.dep")):
             harness.run("depmod", "-b", folder, os.path.basename(modules))
@@ -286,19 +312,21 @@ class Guest:
     disks     images on the host: /dev/vda and on; vhost_user: sockets of servers, after them, each with the
               device's options behind a space
     args      more for QEMU
+    counting  one CPU, whose clock goes on by one nanosecond with each instruction: CPU times are counts of instructions
+    linux     (version, suite of the archive that has it; None: those that the machine uses)
     boots_from_disk  by the BIOS, from the first of vhost_user, which bootable_disk() has made
     """
 
     def __init__(self, modules=(), programs=(), files=None, disks=(), vhost_user=(), args=(), memory=512, cpus=2,
-                 package=KERNEL_PACKAGE, boots_from_disk=False):
+                 linux=(KERNEL, None), counting=False, boots_from_disk=False):
         for tool in ("qemu-system-x86_64", "busybox", "dpkg", "depmod"):
             if not have(tool):
                 skip(f"not installed: {tool}")
-        image, module_folder = kernel(package)
+        image, module_folder = kernel(*linux)
         self.stack = undo_stack()
         self.dir = self.stack.enter_context(harness.scratch_dir(parent="/dev/shm"))
         self.answers, self.buffer, self.nr_started = {}, b"", 0
-        modules = [*modules, *(VIRTIO_DISK if disks or vhost_user else ())]
+        modules = ["virtio_pci", "virtio_console", *modules, *(VIRTIO_DISK if disks or vhost_user else ())]
         try:
             if not boots_from_disk:
                 _initramfs(os.path.join(self.dir, "initramfs"), module_folder, modules, programs, files or {})
@@ -308,10 +336,10 @@ class Guest:
         direct = ["-kernel", image, "-initrd", os.path.join(self.dir, "initramfs"),
                   "-append", "console=ttyS0 panic=-1 quiet mitigations=off"]
         self.command = [
-            have("qemu-system-x86_64"), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", str(memory),
-            "-smp", str(cpus), "-display", "none", "-nodefaults", "-no-reboot", "-serial", f"file:{self.dir}/console",
-            *([] if boots_from_disk else direct), "-device", "virtio-serial-pci",
-            "-device", "virtserialport,chardev=agent,name=agent"]
+            have("qemu-system-x86_64"), "-cpu", "max", "-m", str(memory), "-smp", str(1 if counting else cpus),
+            "-accel", "tcg,thread=" + ("single" if counting else "multi"), "-display", "none", "-nodefaults",
+            "-no-reboot", "-serial", f"file:{self.dir}/console", *([] if boots_from_disk else direct),
+            "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=agent"]
         for number, disk in enumerate(disks):
             self.command += ["-drive", f"if=none,id=disk{number},format=raw,discard=unmap,file={disk}",
                              "-device", f"virtio-blk-pci,drive=disk{number}"]
@@ -323,6 +351,8 @@ class Guest:
             boot = ",bootindex=1" if boots_from_disk and not number else ""
             self.command += ["-chardev", f"socket,id=vhost{number},path={path}", "-device",
                              f"vhost-user-blk-pci,chardev=vhost{number},{options or f'num-queues={cpus}'}{boot}"]
+        if counting:
+            self.command += ["-icount", "shift=0,sleep=off"]
         self.command += args
 
     def __enter__(self):
