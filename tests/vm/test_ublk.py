@@ -1,6 +1,10 @@
 """A block device of the kernel's ublk driver: file systems on it, and everything that can happen to it."""
-from guest import GuestCase, long_test
-from harness import BIGHT, need
+import os
+import re
+
+import harness
+from guest import KERNEL_WITH_ZERO_COPY, KERNEL_WITHOUT_UBLK, GuestCase, long_test
+from harness import BIGHT, PATIENCE, M, need
 
 SERVE = """
 # serve ID OPTION... IMAGE: waits for /dev/ublkbID
@@ -21,6 +25,40 @@ load() {
     tar -C / -cf - usr/bin busybox | tar -C /mnt -xf -
     dd if=/dev/urandom of=/mnt/random bs=64k count=100 2>/dev/null
     (cd /mnt; find usr busybox random -type f | xargs md5sum) >/tmp/sums
+}
+"""
+
+
+# What changes a file system in many ways at once, from three sides; then it is checked.
+STRESS = """
+stress() {
+    mkdir /mnt/$1; cd /mnt/$1; i=0
+    while [ $i -lt 60 ]; do
+        i=$((i + 1)); n=$((i * 7 % 13))
+        case $((i % 6)) in
+        0) mkdir -p d$n/e && echo $i >d$n/e/f ;;
+        1) dd if=/dev/urandom of=f$n bs=7k count=$n conv=notrunc,fsync 2>/dev/null ;;
+        2) cat f* >>g$n 2>/dev/null || true ;;
+        3) mv f$n h$n 2>/dev/null || ln -f g$n h$n 2>/dev/null || true ;;
+        4) truncate -s ${n}77 g$n; ln -sf g$n s$n ;;
+        5) rm -rf d$n f$n ;;
+        esac
+    done
+    cd /
+}
+"""
+VERIFY = """fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k \\
+    --iodepth=32 --size=64m --io_size=192m --verify=crc32c --verify_fatal=1 --do_verify=1 \\
+    --verify_state_save=0 2>&1"""
+KILL_WORKERS = r"""
+done_so_far() { awk '{ print $1 + $5 }' /sys/block/ublkb0/stat; }
+kill_workers() { # as often as that, each after it has served something
+    i=0; while [ $i -lt $1 ]; do
+        before=$(done_so_far); until [ $(done_so_far) -gt $before ]; do sleep 0.02; done
+        kill -9 $(bight show disk --json | sed -n 's/.*"worker_pid": *\([0-9]*\).*/\1/p')
+        i=$((i + 1))
+        until bight show disk --json 2>/dev/null | grep -q '"restarts": *'$i; do sleep 0.05; done
+    done
 }
 """
 
@@ -47,10 +85,11 @@ class TestUblk(UblkCase):
     @need("mkfs.xfs", "xfs_repair")
     def test_xfs_made_loaded_checked(self):
         guest = self.boot("mkfs.xfs", "xfs_repair", modules=["xfs"])
-        guest.run(f"""{SERVE}
+        guest.run(f"""{SERVE}{STRESS}
             serve 0 --queues 1 /tmp/disk.img
             mkfs.xfs -q -f /dev/ublkb0; mount -t xfs /dev/ublkb0 /mnt
-            load; umount /mnt; xfs_repair -n /dev/ublkb0
+            load; stress 1 & a=$!; stress 2 & b=$!; stress 3; wait $a $b
+            umount /mnt; xfs_repair -n /dev/ublkb0
             mount -t xfs /dev/ublkb0 /mnt; cd /mnt; md5sum -c /tmp/sums >/dev/null; cd /; umount /mnt
             stop 0""", timeout=200)
 
@@ -224,22 +263,27 @@ class TestAttached(UblkCase):
         self.assertRegex(output, r"^/dev/ublkb0\n(.*\n)*disk +running +.*/dev/ublkb0 ")
         self.assertRegex(output, r"ublkb0: is mounted on /mnt; unmount it first.*\n1\n")
 
-    def test_killed_workers(self):
+    def kill_workers_under_load(self, number, load, timeout=PATIENCE):
         """In the middle of I/O, some times over: fio finds every block as it wrote it."""
         guest = self.boot("fio", memory=768)
         guest.run("bight attach /tmp/disk.img")
-        job = guest.start("""
-            fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k \\
-                --iodepth=32 --size=64m --io_size=192m --verify=crc32c --verify_fatal=1 --do_verify=1 \\
-                --verify_state_save=0 2>&1""")
-        guest.run("""
-            until [ $(awk '{print $7}' /sys/block/ublkb0/stat) -gt 0 ]; do sleep 0.02; done
-            for i in 1 2 3 4; do
-                pid=$(bight show disk --json | sed -n 's/.*"worker_pid": *\\([0-9]*\\).*/\\1/p'); kill -9 $pid
-                until bight show disk --json 2>/dev/null | grep -q '"restarts": *'$i; do sleep 0.05; done
-            done""")
+        job = guest.start(load)
+        guest.run(f"""{KILL_WORKERS}
+            kill_workers {number}""", timeout=timeout)
         self.assertFalse(job.is_done(), "it was over before the last kill")
+        return guest, job
+
+    def test_killed_workers(self):
+        guest, job = self.kill_workers_under_load(4, VERIFY)
         status, output = job.wait()
+        self.assertEqual(status, 0, output)
+        guest.run("bight detach disk; [ ! -e /dev/ublkc0 ]")
+
+    @long_test
+    def test_killed_workers_20_times(self):
+        guest, job = self.kill_workers_under_load(20, f"until [ -e /tmp/stop ]; do {VERIFY}; done", 900)
+        guest.run("touch /tmp/stop")
+        status, output = job.wait(900)
         self.assertEqual(status, 0, output)
         guest.run("bight detach disk; [ ! -e /dev/ublkc0 ]")
 
@@ -277,3 +321,46 @@ class TestAttached(UblkCase):
         reader = guest.start("dd if=/dev/ublkb0 of=/dev/null bs=4k count=1 iflag=direct")
         guest.run("bight detach one; while [ -e /dev/ublkc0 ]; do sleep 0.02; done; [ -z \"$(bight list)\" ]")
         self.assertNotEqual(reader.wait()[0], 0)
+
+
+class TestOtherKernels(GuestCase):
+    def test_kernel_without_ublk(self):
+        guest = self.guest(programs=[BIGHT], linux=KERNEL_WITHOUT_UBLK)
+        output = guest.run("""truncate -s 8M /tmp/disk.img; mkdir /run/bight
+            bight serve --ublk /tmp/disk.img || echo $?; bight attach --ublk /tmp/disk.img || echo $?
+            bight attach --nbd unix:/tmp/sock /tmp/disk.img; bight detach disk; uname -r""")
+        self.assertRegex(output, r"(bight: ublk: /dev/ublk-control: not there; .*Linux 6.0.*\n1\n){2}.*\n6\.1\.")
+
+    def boot_with_zero_copy(self, *programs):
+        disk = harness.write_file(os.path.join(self.dir, "disk"), size=256 * M)
+        guest = self.guest(modules=["ublk_drv"], memory=768, linux=KERNEL_WITH_ZERO_COPY, disks=[disk],
+                           programs=[BIGHT, "fio", "mkfs.ext4", *programs])
+        guest.run("""mkdir /run/bight /disk; mkfs.ext4 -q /dev/vda; mount /dev/vda /disk
+            truncate -s 100M /disk/disk.img; bight attach /disk/disk.img""")
+        return guest
+
+    def test_without_copies(self):
+        """The requests' pages are the buffers of the image's I/O; what has to be seen is copied by hand."""
+        guest = self.boot_with_zero_copy("cmp", "e2fsck", "resize2fs")
+        output = guest.run(f"""
+            worker=$(bight show disk --json | sed -n 's/.*"worker_pid": *\\([0-9]*\\).*/\\1/p')
+            {VERIFY}; grep RssAnon /proc/$worker/status
+            bight set disk io=buffered; {VERIFY}; bight set disk io=direct
+            mkfs.ext4 -q /dev/ublkb0; mount /dev/ublkb0 /mnt
+            tar -C / -cf - usr/bin busybox | tar -C /mnt -xf -
+            truncate -s 120M /disk/disk.img; bight resize disk; [ $(blockdev --getsize64 /dev/ublkb0) = {120 * M} ]
+            resize2fs /dev/ublkb0 2>&1
+            cmp /usr/bin/bight /mnt/usr/bin/bight; umount /mnt
+            mount /dev/ublkb0 /mnt; cmp /usr/bin/fio /mnt/usr/bin/fio; umount /mnt
+             e2fsck -fn /dev/ublkb0; bight detach disk; e2fsck -fn /disk/disk.img""")
+        # Each tag's memory was not touched: 32 of them had up to 64 KiB each.
+        self.assertLess(int(re.search(r"RssAnon:\s*([0-9]+) kB", output)[1]), 1500)
+
+    def test_killed_workers_without_copies(self):
+        guest = self.boot_with_zero_copy()
+        job = guest.start(VERIFY)
+        guest.run(f"""{KILL_WORKERS}
+            kill_workers 3""")
+        status, output = job.wait()
+        self.assertEqual(status, 0, output)
+        guest.run("bight detach disk; [ ! -e /dev/ublkc0 ]")
