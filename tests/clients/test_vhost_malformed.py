@@ -189,6 +189,7 @@ class Meaning(Vhost):
             self.assertTrue(raw.share() and raw.start(enable=False))
             self.assertEqual(raw.request(v.T_IN, 8, into=512)[1], DATA[4096:4608])
 
+    @unittest.skipIf(harness.sanitized(), "the thread sanitizer has a thread of its own")
     def test_an_idle_ring_costs_nothing(self):
         def used():
             """Context switches and CPU time of every thread."""
