@@ -202,9 +202,9 @@ int page_cache_create(struct page_cache *cache, uint64_t size_bytes, uint32_t se
         munmap(cache->frames, cache->frames_bytes);
         return -ENOMEM;
     }
-    // Both are used from the front on, so huge pages take no more than that; and one fault instead of 512.
+    // Frames are used from the front on: a huge page is one fault instead of 512, and soon full.
     madvise(cache->frames, cache->frames_bytes, MADV_HUGEPAGE);
-    madvise(cache->chunks, cache->chunks_bytes, MADV_HUGEPAGE);
+    madvise(cache->chunks, cache->chunks_bytes, MADV_NOHUGEPAGE);
     if (getrandom(&cache->seed, sizeof(cache->seed), GRND_NONBLOCK) < 0)
         cache->seed = util_now_ns();
     for (unsigned i = 0; i < CACHE_NR_SHARDS; i++)

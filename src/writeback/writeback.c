@@ -22,7 +22,8 @@ static int check(const struct image *image, const struct io *io, uint32_t sector
 {
     if (io->ops->is_stored && !image->is_direct)
         return err_usage(err,
-                         "--writeback: %s: buffered I/O has the kernel's write-back already; use --io direct",
+                         "--writeback: %s: buffered I/O has the kernel's write-back already; use --io "
+                         "direct, or leave it out",
                          image->path);
     if (image->offset_bytes % sector_bytes)
         return err_usage(err,
