@@ -338,6 +338,18 @@ class Changes(Attached):
         self.bight("resize", "disk")
         qemu_io(self.uri, "write -P 9 63M 1M", "read -P 9 63M 1M")
 
+    def test_a_resize_brings_what_is_dirty_below(self):
+        self.bight("set", "disk", "writeback=on")
+        with raw.connect(self.sock("sock"), "extended") as client:
+            client.write(M + 5, harness.pattern(64 * K))
+            os.truncate(self.disk, 2 * self.SIZE)
+            self.bight("resize", "disk")
+            self.assertEqual(harness.read_file(self.disk)[M + 5:M + 5 + 64 * K], harness.pattern(64 * K))
+        with raw.connect(self.sock("sock"), "extended") as client:
+            client.write(2 * self.SIZE - 4 * K, b"e" * 4 * K)
+            client.flush()
+            self.assertEqual(harness.read_file(self.disk)[-4 * K:], b"e" * 4 * K)
+
     def test_stats(self):
         qemu_io(self.uri, "write 0 1M", "read 0 64k", "flush")
         stats = json.loads(self.bight("stats", "--json", "disk"))
@@ -449,6 +461,22 @@ class Deaths(Attached):
         shown = self.show("disk")
         self.assertEqual(shown["restarts"], 4)
         self.assertIn("SIGKILL", shown["reason"])
+
+    def test_what_was_flushed_outlives_the_worker_under_write_back(self):
+        self.bight("set", "disk", "writeback=on")
+        lost = {bytes(4 * K)}
+        for number in range(3):
+            with raw.connect(self.sock("sock"), "extended") as client:
+                client.write(number * M + 5, harness.pattern(64 * K, number))
+                client.flush()
+                lost.add(bytes([number + 1]) * 4 * K)
+                client.write(8 * M, bytes([number + 1]) * 4 * K)  # not flushed: it may be there
+            self.kill_worker("disk")
+            with raw.connect(self.sock("sock"), "extended") as client:
+                for before in range(number + 1):
+                    self.assertEqual(client.read(before * M + 5, 64 * K), harness.pattern(64 * K, before))
+                self.assertIn(client.read(8 * M, 4 * K), lost)
+        self.assertEqual(self.show("disk")["writeback_bytes"], 64 * M)
 
     def test_a_worker_that_dies_again_and_again_is_given_up(self):
         for _ in range(4):
