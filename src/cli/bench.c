@@ -93,6 +93,7 @@ struct bench_rq {
     struct iovec iov;
     char *buf;
     struct loader *loader;
+    uint64_t start_ns;
     struct bench_rq *next; // not in flight
 };
 
@@ -114,6 +115,7 @@ struct loader {
     struct bench_rq *idle;
     unsigned nr_inflight;
     uint64_t seed;
+    struct op_stats stats; // the queue's own know no time within a batch
 };
 
 // ---- On a queue's thread
@@ -138,6 +140,8 @@ static void loader_rq_done(struct rq *rq)
 
     if (rq->error)
         atomic_compare_exchange_strong(&loader->run->error, &none, rq->error);
+    stats_add(&loader->stats.nr_done, 1);
+    stats_add(&loader->stats.latency[stats_bucket(util_now_ns() - brq->start_ns)], 1);
     brq->next = loader->idle;
     loader->idle = brq;
     loader->nr_inflight--;
@@ -156,6 +160,7 @@ static void loader_submit(struct loader *loader, struct bench_rq *brq)
     brq->rq.offset_bytes = loader_next_block(loader) * load->len_bytes;
     brq->rq.len_bytes = load->len_bytes;
     brq->rq.done = loader_rq_done;
+    brq->start_ns = util_now_ns();
     loader->nr_inflight++;
     queue_submit(loader->queue, &brq->rq);
 }
@@ -190,7 +195,15 @@ static void loader_start(struct ring_op *op, int res)
 
 // ---- A run
 
-static int run_load(struct device *dev, const struct bench *bench, const struct load *load, struct err *err)
+static void sum_up(struct op_stats *sum, const struct loader *loader)
+{
+    stats_add(&sum->nr_done, atomic_load(&loader->stats.nr_done));
+    for (unsigned i = 0; i < STATS_NR_BUCKETS; i++)
+        stats_add(&sum->latency[i], atomic_load(&loader->stats.latency[i]));
+}
+
+static int run_load(struct device *dev, const struct bench *bench, const struct load *load,
+                    struct op_stats *stats, struct err *err)
 {
     unsigned depth = (unsigned)bench->depth;
     struct run run = {.load = load, .nr_blocks = dev->limits.size_bytes / load->len_bytes};
@@ -228,6 +241,8 @@ static int run_load(struct device *dev, const struct bench *bench, const struct 
         ;                // EINTR
     device_barrier(dev); // every queue is past its post of the semaphore
     sem_destroy(&run.over);
+    for (unsigned i = 0; i < nr_loaders; i++)
+        sum_up(stats, &loaders[i]);
     ret = atomic_load(&run.error);
     if (ret < 0)
         err_set(err, ret, "%s: %s: %s; check the disk below", bench->path, load->name, strerror(-ret));
@@ -286,7 +301,7 @@ static void tell_refused(struct bench *bench, const struct way *way, const char 
 
 // ---- From map to map, io to io
 
-// A device for each load: its counters are those of the load. 1: it cannot be had, with err set.
+// 1: it cannot be had, with err set.
 static int bench_load(struct bench *bench, const struct way *way, const struct load *load, struct err *err)
 {
     struct device_options options = {
@@ -300,7 +315,7 @@ static int bench_load(struct bench *bench, const struct way *way, const struct l
                   .want_direct = true,
                   .is_format_raw = !bench->is_writing},
     };
-    struct queue_stats stats;
+    struct op_stats stats = {0};
     struct device *dev;
     uint64_t start_ns;
     double seconds;
@@ -313,17 +328,16 @@ static int bench_load(struct bench *bench, const struct way *way, const struct l
         ret = err_set(err, -EINVAL, "%s: has %" PRIu64 " bytes; name an image of %u at least", bench->path,
                       dev->limits.size_bytes, load->len_bytes);
     else
-        ret = run_load(dev, bench, load, err);
+        ret = run_load(dev, bench, load, &stats, err);
     flush_ret = device_stop(dev);
     seconds = (double)(util_now_ns() - start_ns) / (double)NSEC_PER_SEC;
     if (!ret && flush_ret < 0)
         ret =
             err_set(err, flush_ret, "%s: flush: %s; check the disk below", bench->path, strerror(-flush_ret));
-    stats_sum(dev, &stats);
     workers_stop(); // R5 of ring/ring.h
     device_destroy(dev);
     if (!ret)
-        tell_load(bench, way, load, &stats.op[load->op], seconds);
+        tell_load(bench, way, load, &stats, seconds);
     return ret;
 }
 

@@ -43,7 +43,7 @@ class Bench(harness.Case):
                     self.assertTrue(result["refused"])
                 else:
                     self.assertGreater(result["iops"], 0)
-                    self.assertGreater(result["p99_us"], 0)
+                    self.assertGreater(result["p99_us"], 0.05)  # none takes no time
                     self.assertGreaterEqual(result["p99_us"], result["p50_us"])
                     self.assertIn(result["load"], ("randread", "read"))
         self.assertEqual(self.digest(image), before)
