@@ -109,7 +109,7 @@ int ublk_ctrl_send(struct ublk_ctrl *ctrl, enum ublk_cmd cmd, void *payload, uns
         memcpy(buf + ctrl_cmd.dev_path_len, payload, payload_bytes);
     ret = ublk_kernel->send(ctrl, cmd_op, &ctrl_cmd);
     if (ret == -ETIMEDOUT)
-        return ret; // and buf is the kernel's, which may still write to it
+        return ret; // NOLINT(clang-analyzer-unix.Malloc): buf is the kernel's, which may still write to it
     if (payload)
         memcpy(payload, buf + ctrl_cmd.dev_path_len, payload_bytes);
     free(buf);
