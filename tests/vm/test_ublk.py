@@ -287,6 +287,16 @@ class TestAttached(UblkCase):
         self.assertEqual(status, 0, output)
         guest.run("bight detach disk; [ ! -e /dev/ublkc0 ]")
 
+    def test_another_image_and_size(self):
+        """The file system on it goes on with another image; before Linux 6.16 the size stays, which is said."""
+        guest = self.boot("cmp", size="60M")
+        output = guest.run("""
+            bight attach /tmp/disk.img; mkfs.ext4 -q /dev/ublkb0; cp /tmp/disk.img /tmp/other.img
+            mount /dev/ublkb0 /mnt; bight switch disk /tmp/other.img; echo new >/mnt/new; umount /mnt
+            e2fsck -fn /tmp/other.img; ! cmp -s /tmp/disk.img /tmp/other.img
+            truncate -s 68M /tmp/other.img; bight resize disk || echo $?; bight detach disk""")
+        self.assertRegex(output, r"ublkb0 keeps its size: .*6\.16.*\n1\n")
+
     def test_killed_supervisor_and_worker(self):
         guest = self.boot()
         guest.run("""
