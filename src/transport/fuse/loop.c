@@ -213,7 +213,18 @@ static void holders_look_at(struct holders *holders, const char *sys_path)
     holders_add_stacked(holders, sys_path);
 }
 
-// proc(5), mountinfo: fields 3 and 5 are major:minor and the mount point.
+// The number of a file system of several devices, such as btrfs, is none of a device: its source tells one.
+static bool holders_have_source(const struct holders *holders, const char *rest)
+{
+    const char *source = rest ? strstr(rest, " - ") : NULL;
+    char path[PATH_MAX];
+    struct stat st;
+
+    return source && sscanf(source, " - %*s %4095s", path) == 1 && !strncmp(path, "/dev/", 5) &&
+           !stat(path, &st) && S_ISBLK(st.st_mode) && holders_have(holders, st.st_rdev);
+}
+
+// proc(5), mountinfo: fields 3 and 5 are major:minor and the mount point; type and source follow a dash.
 static void holders_add_mounts(struct holders *holders)
 {
     FILE *file = fopen("/proc/self/mountinfo", "re");
@@ -225,7 +236,7 @@ static void holders_add_mounts(struct holders *holders)
 
         for (unsigned i = 0; i < ARRAY_SIZE(fields); i++)
             fields[i] = strsep(&rest, " ");
-        if (fields[4] && holders_have(holders, parse_dev(fields[2])))
+        if (fields[4] && (holders_have(holders, parse_dev(fields[2])) || holders_have_source(holders, rest)))
             holders_add(holders, "mounted on %s, ", fields[4]);
     }
     free(line);
@@ -306,6 +317,16 @@ bool loop_file_holders(const char *path, char *text, size_t text_bytes)
     return holders_end(&holders, text);
 }
 
+// By a mount, also in another namespace, by swap, by a volume: the kernel lets nobody else have it then.
+static bool is_claimed(const char *device)
+{
+    int fd = open(device, O_RDONLY | O_EXCL | O_CLOEXEC);
+
+    if (fd >= 0)
+        close(fd);
+    return fd < 0 && errno == EBUSY;
+}
+
 bool loop_holders(const char *device, char *text, size_t text_bytes)
 {
     struct holders holders = {.text = text, .left = text_bytes};
@@ -330,5 +351,7 @@ bool loop_holders(const char *device, char *text, size_t text_bytes)
         closedir(dir);
     holders_add_mounts(&holders);
     holders_add_openers(&holders);
+    if (holders.text == text && is_claimed(device))
+        holders_add(&holders, "in use, as swap, in a volume, or where it cannot be seen from here, ");
     return holders_end(&holders, text);
 }
