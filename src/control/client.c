@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -15,6 +16,7 @@
 
 #define ANSWER_MAX_BYTES (1 << 20)
 #define PATIENCE_SEC 120 // an answer waits for a flush, or for requests that are in flight
+#define DESCRIBE_SEC 5   // "show" waits for nothing; who lists all devices waits for each
 
 int client_open(struct client *client, const struct state *state, struct err *err)
 {
@@ -135,14 +137,24 @@ const char *client_string(struct json_object *object, const char *key)
 
 struct json_object *client_describe(const struct state *state, struct err *err)
 {
+    struct timeval patience = {.tv_sec = DESCRIBE_SEC};
+    const char *how = "starting";
     struct json_object *object;
     struct client client;
+    struct stat st;
     char *text;
 
     if (state_is_alive(state) && !client_open(&client, state, err)) {
+        setsockopt(client.fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
         object = client_ask(&client, client_request("show"), err);
         client_close(&client);
-        return object;
+        if (object)
+            return object;
+        how = "silent";
+    }
+    if (!fstat(state->fd, &st) && !st.st_nlink) {
+        err_set(err, -ENOENT, "%s: is gone", state->name);
+        return NULL;
     }
     text = state_read(state, "state");
     object = text ? json_tokener_parse(text) : NULL;
@@ -152,8 +164,7 @@ struct json_object *client_describe(const struct state *state, struct err *err)
         object = json_object_new_object();
         json_object_object_add(object, "name", json_object_new_string(state->name));
     }
-    json_object_object_add(object, "state",
-                           json_object_new_string(state_is_alive(state) ? "starting" : "dead"));
+    json_object_object_add(object, "state", json_object_new_string(state_is_alive(state) ? how : "dead"));
     return object;
 }
 

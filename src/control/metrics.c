@@ -71,8 +71,9 @@ static void print_latency(FILE *file, const struct device *dev, const struct op_
             nr += atomic_load(&op->latency[b]);
             sum_ns += atomic_load(&op->latency[b]) * stats_bucket_ns(b);
         }
-        fprintf(file, "bight_latency_seconds_bucket{device=\"%s\",op=\"%s\",le=\"%g\"} %" PRIu64 "\n",
-                dev->name, op_name, bounds_us[i] / 1e6, nr);
+        // Floats are told from integers by their point.
+        fprintf(file, "bight_latency_seconds_bucket{device=\"%s\",op=\"%s\",le=\"%g%s\"} %" PRIu64 "\n",
+                dev->name, op_name, bounds_us[i] / 1e6, bounds_us[i] % 1000000 ? "" : ".0", nr);
     }
     for (; b < STATS_NR_BUCKETS; b++) {
         nr += atomic_load(&op->latency[b]);

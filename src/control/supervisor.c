@@ -348,10 +348,13 @@ out_channel:
 
 static void supervisor_write_state(struct supervisor *supervisor)
 {
-    struct json_object *object = control_describe(&supervisor->facts, "running", NULL);
-    int ret = state_write(supervisor->options->dir, "state",
-                          json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN));
+    struct json_object *object;
+    int ret;
 
+    supervisor->facts.worker_pid = supervisor->pid;
+    object = control_describe(&supervisor->facts, "running", NULL);
+    ret = state_write(supervisor->options->dir, "state",
+                      json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN));
     if (ret < 0)
         log_line("%s: writing its state: %s", supervisor->options->dir->path, strerror(-ret));
     json_object_put(object);

@@ -128,10 +128,10 @@ struct json_object *control_describe(const struct control_facts *facts, const ch
     if (facts->reason[0])
         add_string(object, "reason", facts->reason);
     json_object_object_add(object, "transports", transports_json(facts->holds));
-    if (worker) {
-        add_uint(object, "worker_pid", (uint64_t)getpid());
+    if (worker || facts->worker_pid)
+        add_uint(object, "worker_pid", (uint64_t)(worker ? getpid() : facts->worker_pid));
+    if (worker)
         describe_device(object, worker->devs[0]);
-    }
     return object;
 }
 

@@ -25,6 +25,7 @@ struct control_facts {
     const struct transport_holds *holds;
     char device[CONTROL_DEVICE_BYTES]; // what attach has printed
     pid_t supervisor_pid;
+    pid_t worker_pid; // as of its last state; 0: none
     unsigned nr_restarts;
     char reason[256]; // of the last restart, or of giving up
     time_t attached_at;

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -378,6 +379,9 @@ class Changes(Attached):
         counts = re.findall(r'bight_latency_seconds_bucket\{device="disk",op="write",le="([^"]+)"\} (\d+)', text)
         self.assertEqual([int(n) for _, n in counts], sorted(int(n) for _, n in counts))
         self.assertEqual(counts[-1][0], "+Inf")
+        if importlib.util.find_spec("prometheus_client"):
+            from prometheus_client.openmetrics.parser import text_string_to_metric_families
+            self.assertEqual({metric.name for metric in text_string_to_metric_families(text)}, set(types))
 
     def test_metrics_by_http(self):
         with socket.socket() as probe:
@@ -509,6 +513,17 @@ class Deaths(Attached):
         self.bight("detach", "disk")
         self.assertEqual(os.listdir(self.run_dir), [])
         self.attach(self.disk, "--nbd", f"unix:{self.sock('sock')}")
+
+    def test_a_stopped_worker_is_listed_and_keeps_the_others_waiting_no_longer_than_that(self):
+        os.kill(self.show("disk")["worker_pid"], signal.SIGSTOP)
+        try:
+            self.attach(self.image(size=M, name="other.img"), "--nbd", f"unix:{self.sock('other')}")
+            listed = self.list()
+        finally:
+            self.kill(json.loads(harness.read_file(os.path.join(self.run_dir, "disk", "state")))["worker_pid"])
+        self.assertEqual((listed["disk"]["state"], listed["disk"]["image"]), ("silent", self.disk))
+        self.assertEqual(listed["other"]["state"], "running")
+        harness.wait_until(lambda: self.show("disk")["state"] == "running", "another worker")
 
     def test_a_name_of_the_dead_is_free(self):
         image = self.image(size=M, name="x.img")
