@@ -27,7 +27,7 @@ static const char attach_help[] =
     "  --name NAME          of the device (default: the file's, without its ending; NAME-2... when taken)\n"
     "  --json               print name, pid, device and URIs, for programs\n"
     "  --metrics ADDR       counters for Prometheus by HTTP on HOST:PORT or unix:PATH\n"
-    "  --partscan           /dev/loopNpM for the partitions, where the device is a loop device\n"
+    "  --partscan           block devices for its partitions as well, /dev/loopNpM\n"
     "  --foreground         do not go to the background; for systemd and its like\n"
     OPTIONS_HELP
     "\n"
@@ -178,6 +178,16 @@ static bool attach_has_transport(const struct options *options)
     return getenv("LISTEN_FDS");
 }
 
+// Its driver has the kernel look for partitions, whatever is asked.
+static bool attach_has_ublk(const struct attach *attach)
+{
+    for (unsigned i = 0; i < attach->holds.nr_holds; i++) {
+        if (attach->holds.holds[i].ops == &ublk_transport_ops)
+            return true;
+    }
+    return false;
+}
+
 static int attach_hold(struct attach *attach, struct err *err)
 {
     int ret;
@@ -191,8 +201,8 @@ static int attach_hold(struct attach *attach, struct err *err)
         return ret;
     if (!attach->holds.nr_holds)
         ret = err_usage(err, "attach: no transport; use --nbd, or none for the default");
-    else if (attach->options.is_partscan && !attach->node_path)
-        ret = err_usage(err, "--partscan: is for the loop device of a plain attach by root; leave it out");
+    else if (attach->options.is_partscan && !attach->node_path && !attach_has_ublk(attach))
+        ret = err_usage(err, "--partscan: is for the block device of a plain attach by root; leave it out");
     else if (attach->options.metrics)
         ret = attach->metrics_fd = http_listen(attach->options.metrics, err);
     if (ret < 0)

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "control/partitions.h"
 #include "util/util.h"
 
 struct node_work {
@@ -38,18 +39,26 @@ static int node_reread(const char *device, struct err *err)
 static int node_work(struct node_work *work)
 {
     struct stat st;
+    int ret;
 
     switch (work->what) {
     case NODE_ATTACH:
-        return loop_attach(work->device, work->node->path, &work->node->options, &work->err);
+        ret = loop_attach(work->device, work->node->path, &work->node->options, &work->err);
+        break;
     case NODE_RESIZE:
         (void)!stat(work->node->path, &st); // the kernel asks us for the size
-        return loop_resize(work->device, &work->err);
+        ret = loop_resize(work->device, &work->err);
+        break;
     case NODE_REREAD:
-        return node_reread(work->device, &work->err);
+        ret = node_reread(work->device, &work->err);
+        break;
     default:
         return loop_detach(work->device, work->what == NODE_DETACH_LAZY, &work->err);
     }
+    // A disk whose table is damaged is there all the same, to be repaired.
+    if (!ret && work->node->options.is_partscan && partitions_update(work->device, &work->err) < 0)
+        log_line("%s", work->err.line);
+    return ret;
 }
 
 static void *node_main(void *arg)

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 """What a plain bight attach gives: a loop device on a FUSE file for root, the file for others; file systems on it."""
+import glob
 import hashlib
 import json
 import os
@@ -68,9 +69,12 @@ class Loop(Attached):
         return image
 
     def fsck(self, kind, image):
-        harness.run(*{"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f")}[kind], image)
+        harness.run(*{"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f"),
+                      "btrfs": ("btrfs", "check")}[kind], image)
 
     def check_filesystem(self, kind):
+        if f"\t{kind}\n" not in harness.read_file("/proc/filesystems").decode():
+            self.skipTest(f"this kernel has no {kind}")
         image, tree = self.formatted(kind), self.path("tree")
         os.mkdir(tree)
         churn(tree, 120)
@@ -94,6 +98,53 @@ class Loop(Attached):
 
     def test_xfs(self):
         self.check_filesystem("xfs")
+
+    def test_btrfs(self):
+        self.check_filesystem("btrfs")
+
+    @harness.need("unshare", "mkswap", "swapon")
+    def test_what_only_the_kernel_knows_of_is_not_detached(self):
+        """A mount in another namespace; swap."""
+        device = self.attach_loop(self.formatted("ext4", 64 * M))
+        os.mkdir(self.path("point"))
+        script = f"mount {device} {self.path('point')} && echo && exec sleep 1000"
+        with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+                              stdout=subprocess.PIPE) as other:
+            self.addCleanup(other.kill)
+            self.assertEqual(other.stdout.read(1), b"\n")
+            self.bight("detach", "disk", status=1)
+            self.assertIn("in use", self.stderr)
+            other.kill()
+        harness.wait_until(lambda: not self.is_claimed(device), "the unmounting")
+        self.bight("detach", "disk")
+        other = self.attach_loop(self.image(size=16 * M, name="swap.img"))
+        harness.run("mkswap", "-q", other, status=None)
+        if harness.run("swapon", other, status=None).returncode == 0:
+            self.addCleanup(harness.run, "swapoff", other, status=None)
+            self.bight("detach", "swap", status=1)
+            harness.run("swapoff", other)
+        self.bight("detach", "swap")
+
+    def is_claimed(self, device):
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            return True
+        return False
+
+    @harness.need("genisoimage", "isoinfo")
+    def test_iso(self):
+        tree, image = self.path("tree"), self.path("cd.iso")
+        os.mkdir(tree)
+        harness.write_file(os.path.join(tree, "file"), harness.pattern(300 * K))
+        harness.run("genisoimage", "-quiet", "-R", "-o", image, tree)
+        os.chmod(image, 0o444)
+        device = self.attach_loop(image, "--read-only", "--block-size", "2048")
+        read = subprocess.run(["isoinfo", "-i", device, "-R", "-x", "/file"], stdout=subprocess.PIPE, check=True).stdout
+        self.assertTrue(read == harness.pattern(300 * K))
+        if "\tiso9660\n" in harness.read_file("/proc/filesystems").decode():
+            with harness.mounted(device, "iso9660", "ro") as point:
+                self.assertTrue(harness.read_file(os.path.join(point, "file")) == harness.pattern(300 * K))
 
     @harness.need("fio")
     def test_fio_verifies_on_the_device(self):
@@ -147,18 +198,42 @@ class Loop(Attached):
         with self.assertRaises(OSError):
             os.write(os.open(device, os.O_RDWR), bytes(512))
 
-    @harness.need("sfdisk")
+    def partitions(self, device):
+        """{number: (start, size)} in sectors, as the kernel has them."""
+        found = {}
+        for folder in glob.glob(f"/sys/block/{os.path.basename(device)}/*/partition"):
+            number, start, size = (int(harness.read_file(os.path.join(os.path.dirname(folder), name)))
+                                   for name in ("partition", "start", "size"))
+            found[number] = (start, size)
+        return found
+
+    @harness.need("sfdisk", "mkfs.ext4")
     def test_partitions(self):
-        image = self.image(size=64 * M)
-        harness.run("sfdisk", "-q", image, input="2048,65536\n", stdin=None)
-        with harness.loop_device(0, backing=image, options=("--partscan",)) as plain:
-            if not os.path.exists(f"/sys/block/{os.path.basename(plain)}/{os.path.basename(plain)}p1"):
-                self.skipTest("this kernel finds no partitions on loop devices")
+        """Also where the kernel knows no partition tables."""
+        image, other = (self.image(size=64 * M, name=name) for name in ("disk.img", "other.img"))
+        harness.run("sfdisk", "-q", image, input="label: gpt\n2048,65536\n,\n", stdin=None)
+        harness.run("sfdisk", "-q", other, input="2048,20480\n,,E\n,16384\n,16384\n", stdin=None)
         device = self.attach_loop(image, "--partscan")
-        name = f"{os.path.basename(device)}p1"
-        harness.wait_until(lambda: os.path.exists(f"/sys/block/{os.path.basename(device)}/{name}"), name)
-        with open(f"/sys/block/{os.path.basename(device)}/{name}/size") as file:
-            self.assertEqual(file.read().strip(), "65536")
+        self.assertEqual(self.partitions(device), {1: (2048, 65536), 2: (67584, 61440)})
+        harness.wait_until(lambda: os.path.exists(f"{device}p1"), "its node")
+        harness.run(*harness.MKFS["ext4"], f"{device}p1")
+        with harness.mounted(f"{device}p1", "ext4") as point:
+            harness.write_file(os.path.join(point, "file"), b"in a partition")
+            self.bight("detach", "disk", status=1)
+            self.assertIn(f"mounted on {point}", self.stderr)
+        self.bight("switch", "disk", other)
+        self.assertEqual(self.partitions(device),
+                         {1: (2048, 20480), 2: (22528, 2), 5: (24576, 16384), 6: (43008, 16384)})
+        self.bight("switch", "disk", image)
+        self.kill_worker("disk")
+        with harness.mounted(f"{device}p1", "ext4", "ro") as point:
+            self.assertEqual(harness.read_file(os.path.join(point, "file")), b"in a partition")
+            self.bight("switch", "disk", other)  # what is in use stays
+            self.assertEqual(self.partitions(device)[1], (2048, 65536))
+            self.bight("switch", "disk", image)
+        self.bight("detach", "disk")
+        self.assertEqual(self.partitions(device), {})
+        self.attach_loop(self.image(size=M, name="blank.img"), "--partscan")  # no table: no partitions
         self.attach(self.image(size=M, name="x.img"), "--partscan", "--nbd", f"unix:{self.sock('x')}", status=2)
 
     def test_resize(self):
@@ -172,6 +247,23 @@ class Loop(Attached):
             self.assertGreater(os.statvfs(point).f_blocks * os.statvfs(point).f_frsize, 320 * M)
         self.bight("detach", "disk")
         self.fsck("xfs", image)
+
+    @harness.need("fio")
+    def test_changes_under_load_show_no_error(self):
+        image, other = (self.image(size=32 * M, name=name) for name in ("disk.img", "other.img"))
+        device = self.attach_loop(image)
+        with Load(device, "8m", kind="file"):
+            for _ in range(harness.rounds(3)):
+                self.bight("set", "disk", "io=buffered")
+                for size in (64 * M, 16 * M, 32 * M):
+                    os.truncate(image, size)
+                    self.bight("resize", "disk")
+                self.bight("set", "disk", "io=direct")
+        with Load(device, "8m", kind="file", extra=("--do_verify=0", "--verify=0")):
+            for _ in range(harness.rounds(3)):
+                self.bight("switch", "disk", other)
+                self.bight("switch", "disk", image)
+        self.assertEqual(self.show("disk")["restarts"], 0)
 
     def test_a_switch_shows_the_other_contents(self):
         first, second = (self.image(harness.pattern(M, seed), name=f"{seed}.img") for seed in (1, 2))
@@ -225,21 +317,85 @@ class Loop(Attached):
 class OtherUser(Attached):
     uid = NOBODY
 
-    def test_a_file_without_privileges(self):
-        image = self.image(harness.pattern(256 * K))
+    def attach_file(self, size=256 * K):
+        image = self.image(harness.pattern(min(size, 256 * K)), size)
         os.chmod(image, 0o666)
         path = self.attach(image)
         if path.startswith("nbd"):
             self.skipTest("other users cannot use /dev/fuse here")
-        as_user = self.as_user()
-        harness.run(*as_user, "cmp", path, image)
-        harness.run(*as_user, "dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=4", "conv=notrunc,fsync")
-        self.assertEqual(harness.read_file(image)[:16 * K + 1], bytes(16 * K) + harness.pattern(256 * K)[16 * K:16 * K + 1])
-        self.kill_worker("disk")
-        harness.run(*as_user, "cmp", path, image)
-        self.bight("detach", "disk")
-        with open("/proc/mounts") as mounts:
+        return image, path
+
+    def as_them(self, *command, **options):
+        return harness.run(*self.as_user(), *command, **options)
+
+    def check_nothing_is_mounted(self):
+        self.assertEqual(os.listdir(self.run_dir), [])
+        with open("/proc/self/mounts") as mounts:
             self.assertNotIn(self.run_dir, mounts.read())
+
+    def test_a_file_without_privileges(self):
+        image, path = self.attach_file()
+        self.as_them("cmp", path, image)
+        self.as_them("dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=4", "conv=notrunc,fsync")
+        self.assertEqual(harness.read_file(image)[:16 * K + 1], bytes(16 * K) + harness.pattern(256 * K)[16 * K:16 * K + 1])
+        self.assertEqual(self.list()["disk"]["device"], path)
+        self.kill_worker("disk")
+        self.as_them("cmp", path, image)
+        self.bight("detach", "disk")
+        self.check_nothing_is_mounted()
+
+    @harness.need("fio", "qemu-img", "mkfs.ext4", "e2fsck")
+    def test_programs_use_the_file_without_privileges(self):
+        image, path = self.attach_file(64 * M)
+        self.assertIn("64 MiB", self.as_them("qemu-img", "info", "-f", "raw", path).stdout)
+        self.as_them("fio", "--name=v", f"--filename={path}", "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=4k",
+                     "--iodepth=16", "--size=8m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--thread",
+                     "--allow_file_create=0", cwd="/tmp")
+        self.as_them("mkfs.ext4", "-q", "-F", path)
+        self.as_them("e2fsck", "-fn", path)
+        self.as_them("qemu-img", "compare", "-f", "raw", "-F", "raw", path, image)
+        self.bight("detach", "disk")
+        self.check_nothing_is_mounted()
+        harness.run("e2fsck", "-fn", image)
+
+    def test_a_file_that_is_open_is_not_detached(self):
+        _, path = self.attach_file()
+        with subprocess.Popen([*self.as_user(), "sh", "-c", f"exec <{path}; echo; exec sleep 1000"],
+                              stdout=subprocess.PIPE) as holder:
+            self.addCleanup(holder.kill)
+            self.assertEqual(holder.stdout.read(1), b"\n")
+            self.bight("detach", "disk", status=1)
+            self.assertRegex(self.stderr, rf"opened by \S+ \({holder.pid}\)")
+            holder.kill()
+        self.bight("detach", "disk")
+
+    def test_kills_without_privileges_leave_nothing(self):
+        for both in (False, True):
+            _, path = self.attach_file()
+            shown = self.show("disk")
+            self.kill(*[shown["pid"]] + [shown["worker_pid"]] * both)
+            if not both:
+                self.as_them("dd", f"if={path}", "of=/dev/null", "bs=64k")
+            self.bight("detach", "disk")
+            self.check_nothing_is_mounted()
+
+
+@unittest.skipUnless(os.geteuid() == 0 and os.access("/dev/fuse", os.W_OK) and harness.have("fusermount3"),
+                     "needs root to become another user, and fusermount3")
+@unittest.skipIf(os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006,
+                 "everybody may use /dev/fuse here: the tests of OtherUser do")
+class OtherUserOfFuse(harness.Case):
+    """Where /dev/fuse is root's alone: in a mount namespace where it is not."""
+
+    def test_all_of_it(self):
+        for tests in (["test_attach_device.py", "OtherUser"], ["test_fuse.py", "Life.test_without_root"]):
+            script = ('mount -t tmpfs none "$0" && mknod -m 666 "$0/fuse" c 10 229 && mount --bind "$0/fuse" /dev/fuse && '
+                      'exec "$@"')
+            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), tests[0]), "-v", tests[1]]
+            done = harness.run("unshare", "--mount", "--propagation", "private", "sh", "-c", script, self.dir, *command,
+                               status=None, timeout=harness.PATIENCE * 4)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            self.assertNotIn("skipped", done.stderr)
 
 
 if __name__ == "__main__":
