@@ -108,7 +108,7 @@ static int attach_claim(struct attach *attach, struct err *err)
 {
     bool is_exact = attach->options.nr_names;
     char name[STATE_NAME_MAX + 1];
-    struct state dead;
+    struct state dead = {.fd = -1};
     int ret;
 
     if (is_exact)
