@@ -55,6 +55,14 @@ class Attached(harness.Case):
     def list(self):
         return {device["name"]: device for device in json.loads(self.bight("list", "--json"))}
 
+    def wait_for_writes(self, name):
+        """A load that is not under way yet can neither see an error nor be stopped."""
+        def writes():
+            return json.loads(self.bight("stats", "--json", name))["ops"]["write"]["done"]
+
+        before = writes()
+        harness.wait_until(lambda: writes() > before + 100, "writes")
+
     def logs(self):
         text = ""
         for name in os.listdir(self.run_dir):

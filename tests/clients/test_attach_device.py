@@ -174,6 +174,7 @@ class Loop(Attached):
         with harness.mounted(device, "ext4") as point:
             flushed = {}
             with Load(f"{point}/load", "16m", kind="file"):
+                self.wait_for_writes("disk")
                 for number in range(4 if harness.QUICK else 20):
                     path = os.path.join(point, f"f{number}")
                     flushed[path] = harness.pattern(512 * K, number)
@@ -253,6 +254,7 @@ class Loop(Attached):
         image, other = (self.image(size=32 * M, name=name) for name in ("disk.img", "other.img"))
         device = self.attach_loop(image)
         with Load(device, "8m", kind="file"):
+            self.wait_for_writes("disk")
             for _ in range(harness.rounds(3)):
                 self.bight("set", "disk", "io=buffered")
                 for size in (64 * M, 16 * M, 32 * M):
@@ -261,7 +263,9 @@ class Loop(Attached):
                 self.bight("set", "disk", "io=direct")
         with Load(device, "8m", kind="file", extra=("--do_verify=0", "--verify=0")):
             for _ in range(harness.rounds(3)):
+                self.wait_for_writes("disk")
                 self.bight("switch", "disk", other)
+                self.wait_for_writes("disk")
                 self.bight("switch", "disk", image)
         self.assertEqual(self.show("disk")["restarts"], 0)
 
