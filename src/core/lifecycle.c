@@ -24,7 +24,7 @@
 
 static void queue_add_fds(struct queue *queue)
 {
-    ring_add_fd(queue->ring, queue->dev->image->fd);
+    ring_pin_fd(queue->ring, queue->dev->image->fd); // its locks and its lease last as long as its I/O
     if (queue->dev->map->device_fd >= 0)
         ring_add_fd(queue->ring, queue->dev->map->device_fd);
 }

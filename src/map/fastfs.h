@@ -3,6 +3,9 @@
 //  F1. Nothing is redirected but under a write lease on the image. redirect_until_ns is how long the
 //      keeper has seen that we have it, and half of lease-break-time more: a process that was stopped
 //      longer than the kernel waits for it finds that its time is over. 0: not now.
+//      A process that is killed has the lease until its I/O is over: it belongs to the struct file, which
+//      each ring with I/O in flight pins (R6 of ring.h). Where somebody else keeps that open, as a supervisor
+//      does, the next keeper drops the lease, and is started when those rings have gone (P3 of supervisor.h).
 //  F2. redirect_until_ns goes from a time to 0 when it is over or the lease is broken, and from there to a
 //      time again only behind a barrier, with no region in the map: what was written by way of the file
 //      meanwhile, and not marked (X2 of extent_map.h), is known to the kernel by then.

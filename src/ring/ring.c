@@ -191,7 +191,13 @@ void ring_remove_poller(struct ring *ring, struct ring_poller *poller)
 void ring_add_fd(struct ring *ring, int fd)
 {
     if (ring->ops->add_fd)
-        ring->ops->add_fd(ring, fd);
+        ring->ops->add_fd(ring, fd, false);
+}
+
+void ring_pin_fd(struct ring *ring, int fd)
+{
+    if (ring->ops->add_fd)
+        ring->ops->add_fd(ring, fd, true);
 }
 
 void ring_remove_fd(struct ring *ring, int fd)

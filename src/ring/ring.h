@@ -10,6 +10,10 @@
 //      free or reuse it.
 //  R4. What was posted to one ring by one thread is done in the order of posting.
 //  R5. A ring is destroyed after every thread that may post to it has ended or gone past its post.
+//  R6. A file that is pinned stays open until nothing is in flight that the ring has submitted, also when its
+//      process was killed. Who holds on to something by an open file (a lock, a lease, a pipe's end) holds on
+//      until then. Threads that move bytes end before their process does; an io_uring is taken apart by the
+//      kernel some time later, and lets go of its registered files when its last request is over.
 #pragma once
 
 #include <stdatomic.h>
@@ -110,7 +114,8 @@ struct ring_ops {
     // done. It is done soon, with -ECANCELED unless it can be done at once.
     void (*cancel)(struct ring *ring, struct ring_op *op);
     // Optional. fd will be used often; an fd that was added must be removed before it is closed.
-    void (*add_fd)(struct ring *ring, int fd);
+    // must_be_held: R6. A ring without it has nothing in flight when its process has ended.
+    void (*add_fd)(struct ring *ring, int fd, bool must_be_held);
     // Required. fd is about to be closed: nothing is in flight on it.
     void (*remove_fd)(struct ring *ring, int fd);
     // Optional. An index for buf_index, or -1 where there is none to be had.
@@ -145,8 +150,7 @@ extern const struct ring_ops ring_threads_ops;
 // for an unknown name, or when uring was asked for and cannot be had.
 const struct ring_ops *ring_choose(const char *name, struct err *err);
 
-// -1, or what every ring that is created from now on holds open until the kernel has taken it apart, which
-// may be later than the end of the process.
+// -1, or what every ring that is created from now on pins (R6).
 extern int ring_guard_fd;
 
 // 0 or a negative errno with err set. In the thread that will own the ring.
@@ -184,6 +188,7 @@ static inline void ring_found(struct ring *ring)
 }
 
 void ring_add_fd(struct ring *ring, int fd);
+void ring_pin_fd(struct ring *ring, int fd); // the same, and R6
 void ring_remove_fd(struct ring *ring, int fd);
 int ring_add_buf(struct ring *ring, void *buf, size_t len_bytes);
 void ring_remove_buf(struct ring *ring, int buf_index);

@@ -45,7 +45,7 @@ int ring_create(const struct ring_ops *ops, struct ring **ring, struct err *err)
 
     assert(ret < 0 || (*ring)->ops == ops);
     if (!ret && ring_guard_fd >= 0)
-        ring_add_fd(*ring, ring_guard_fd);
+        ring_pin_fd(*ring, ring_guard_fd);
     return ret;
 }
 

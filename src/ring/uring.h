@@ -8,7 +8,8 @@
 
 #define URING_SQ_ENTRIES 512
 #define URING_CQ_ENTRIES 4096
-#define URING_MAX_FDS 1024 // higher file descriptors are used unregistered
+#define URING_MAX_FDS 1024 // higher file descriptors are used unregistered,
+#define URING_MAX_PINS 4   // or in slots of their own, if they must
 #define URING_MAX_BUFS 4
 #define URING_MAX_BUF_BYTES (2 * MiB) // registered memory is pinned, touched or not
 #define URING_MEMLOCK_SHARE 16        // of RLIMIT_MEMLOCK for one ring: the user has more of them
@@ -29,9 +30,11 @@ struct uring {
     uint64_t event_count;     // where what eventfds counted goes
     unsigned nr_io;           // READ, WRITE and FSYNC in flight: completions that will come soon
     bool is_late;             // the last wait for a batch brought nothing
-    bool has_files, has_buffers, has_reserved_bufs, has_taskrun_flag;
+    bool has_buffers, has_reserved_bufs, has_taskrun_flag;
+    unsigned nr_files;                // slots: of low file descriptors, and then of those in pins
     uint32_t cmd_bytes;               // room for a command's data in a submission
     bool is_fd_fixed[URING_MAX_FDS];  // fd is registered, in the slot of the same number
+    int pins[URING_MAX_PINS];         // -1: free
     size_t buf_bytes[URING_MAX_BUFS]; // 0: the slot is free
     size_t buf_bytes_left;            // that may still be registered
     char mode[128];

@@ -55,24 +55,53 @@ static int uring_init_queue(struct uring *uring, const char **mode)
     return ret;
 }
 
-static void uring_add_fd(struct ring *ring, int fd)
+// Which entry of pins is fd; -1: a free one. URING_MAX_PINS: none.
+static unsigned uring_find_pin(const struct uring *uring, int fd)
+{
+    unsigned i = 0;
+
+    while (i < URING_MAX_PINS && uring->pins[i] != fd)
+        i++;
+    return i;
+}
+
+// The slot for the i-th pin: behind those of low file descriptors.
+static unsigned uring_pin_slot(const struct uring *uring, unsigned i)
+{
+    return uring->nr_files - URING_MAX_PINS + i;
+}
+
+static void uring_add_fd(struct ring *ring, int fd, bool must_be_held)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
+    unsigned pin;
 
-    if (uring->has_files && fd < URING_MAX_FDS &&
-        io_uring_register_files_update(&uring->io, (unsigned)fd, &fd, 1) == 1)
-        uring->is_fd_fixed[fd] = true;
+    if (fd < URING_MAX_FDS && (unsigned)fd < uring->nr_files) {
+        uring->is_fd_fixed[fd] = io_uring_register_files_update(&uring->io, (unsigned)fd, &fd, 1) == 1;
+        return;
+    }
+    pin = uring_find_pin(uring, -1);
+    if (must_be_held && pin < URING_MAX_PINS &&
+        io_uring_register_files_update(&uring->io, uring_pin_slot(uring, pin), &fd, 1) == 1)
+        uring->pins[pin] = fd;
 }
 
 static void uring_remove_fd(struct ring *ring, int fd)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
+    unsigned pin;
     int none = -1;
 
-    if (fd >= URING_MAX_FDS || !uring->is_fd_fixed[fd])
+    if (fd < URING_MAX_FDS && uring->is_fd_fixed[fd]) {
+        io_uring_register_files_update(&uring->io, (unsigned)fd, &none, 1);
+        uring->is_fd_fixed[fd] = false;
         return;
-    io_uring_register_files_update(&uring->io, (unsigned)fd, &none, 1);
-    uring->is_fd_fixed[fd] = false;
+    }
+    pin = uring_find_pin(uring, fd);
+    if (pin == URING_MAX_PINS)
+        return;
+    io_uring_register_files_update(&uring->io, uring_pin_slot(uring, pin), &none, 1);
+    uring->pins[pin] = -1;
 }
 
 static int uring_add_buf(struct ring *ring, void *buf, size_t len_bytes)
@@ -139,6 +168,19 @@ static size_t uring_buf_bytes(void)
     return min_of(URING_MAX_BUF_BYTES, limit.rlim_cur / URING_MEMLOCK_SHARE);
 }
 
+// R6 is kept by registered files, so there have to be some: Linux 5.19, and as many as the process may open.
+static int uring_register_files(struct uring *uring)
+{
+    struct rlimit limit;
+
+    for (unsigned i = 0; i < URING_MAX_PINS; i++)
+        uring->pins[i] = -1;
+    uring->nr_files = URING_MAX_FDS + URING_MAX_PINS;
+    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_max < uring->nr_files)
+        uring->nr_files = (unsigned)limit.rlim_max; // then there are no high ones
+    return io_uring_register_files_sparse(&uring->io, uring->nr_files);
+}
+
 static int uring_create(struct ring **ring, struct err *err)
 {
     struct uring *uring = calloc(1, sizeof(*uring));
@@ -159,11 +201,15 @@ static int uring_create(struct ring **ring, struct err *err)
         goto out_ring;
     }
     uring->cmd_bytes = uring->io.flags & IORING_SETUP_SQE128 ? RING_CMD_BYTES : 16;
-    uring->has_files = !io_uring_register_files_sparse(&uring->io, URING_MAX_FDS);
+    ret = uring_register_files(uring);
+    if (ret < 0) {
+        err_set(err, ret, "ring: uring: registering files: %s; use --ring threads", strerror(-ret));
+        goto out_queue;
+    }
     uring->has_buffers = !io_uring_register_buffers_sparse(&uring->io, URING_MAX_BUFS);
     uring->buf_bytes_left = uring->has_buffers ? uring_buf_bytes() : 0;
     io_uring_register_ring_fd(&uring->io); // saves a look-up per enter; an error costs nothing
-    snprintf(uring->mode, sizeof(uring->mode), "%s%s%s", mode, uring->has_files ? ", registered files" : "",
+    snprintf(uring->mode, sizeof(uring->mode), "%s, registered files%s", mode,
              uring->has_buffers ? ", registered buffers" : "");
     uring->ring.mode = uring->mode;
     uring->cancel_op = (struct ring_op){.done = uring_cancelled, .code = RING_POLL};
@@ -173,6 +219,8 @@ static int uring_create(struct ring **ring, struct err *err)
     *ring = &uring->ring;
     return 0;
 
+out_queue:
+    io_uring_queue_exit(&uring->io);
 out_ring:
     ring_exit(&uring->ring);
 out_free:

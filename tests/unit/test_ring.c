@@ -575,6 +575,40 @@ static void high_file_descriptors_are_served_as_well(void **state)
     end_ring(ring);
 }
 
+// R6: the kernel tells by the end of a pipe that the last one who has it open has gone.
+static void what_is_pinned_stays_open_whatever_its_number(void **state)
+{
+    struct ring *ring = make_ring(state);
+    struct rlimit old, limit;
+    int pipe_fds[2], low, fd = -1;
+    char c;
+
+    if (!ring->ops->add_fd) { // nothing is in flight after its process
+        end_ring(ring);
+        return;
+    }
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &old), 0);
+    limit = (struct rlimit){min_of(old.rlim_max, 4096), old.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &limit);
+    for (unsigned round = 0; round < 20; round++) {
+        assert_int_equal(pipe2(pipe_fds, O_CLOEXEC | O_NONBLOCK), 0);
+        low = pipe_fds[1];
+        fd = round % 2 ? fcntl(low, F_DUPFD_CLOEXEC, 2000) : dup(low);
+        if (fd < 0)
+            fd = dup(low); // this user may not have so many
+        ring_pin_fd(ring, fd);
+        close(low);
+        close(fd);
+        assert_int_equal(read(pipe_fds[0], &c, 1), -1); // no end
+        ring_remove_fd(ring, fd);
+        while (read(pipe_fds[0], &c, 1) < 0)
+            usleep(1000); // the kernel takes its time
+        close(pipe_fds[0]);
+    }
+    setrlimit(RLIMIT_NOFILE, &old);
+    end_ring(ring);
+}
+
 static void registered_memory_is_used_and_given_back(void **state)
 {
     struct ring *ring = make_ring(state);
@@ -1146,6 +1180,7 @@ int main(void)
         cmocka_unit_test(more_operations_than_the_ring_has_entries_are_all_done_once),
         cmocka_unit_test(a_number_that_is_used_again_means_the_new_file),
         cmocka_unit_test(high_file_descriptors_are_served_as_well),
+        cmocka_unit_test(what_is_pinned_stays_open_whatever_its_number),
         cmocka_unit_test(registered_memory_is_used_and_given_back),
         cmocka_unit_test(a_stream_passes_a_socket_that_is_smaller_than_a_message),
         cmocka_unit_test(the_end_of_a_stream_is_a_recv_of_nothing),
