@@ -12,11 +12,25 @@ static struct region *region_at(const struct extent_map *map, uint64_t index)
                                    : &extent_map_closed;
 }
 
-// The extent that holds offset.
+// The extent that holds offset. Begins where it would be if all had the same length: where a file is torn
+// into many small ones, each look at another place is a cache miss.
 static size_t extents_find(const struct extents *extents, uint64_t offset)
 {
-    size_t low = 0, high = extents->nr_extents;
+    size_t nr = extents->nr_extents, low = (offset % REGION_BYTES) * nr / REGION_BYTES, high, step = 1;
 
+    if (extents->at[low].start_bytes <= offset) {
+        for (high = low + 1; high < nr && extents->at[high].start_bytes <= offset; step *= 2) {
+            low = high;
+            high += step;
+        }
+        high = min_of(high, nr);
+    } else {
+        do {
+            high = low;
+            low = low > step ? low - step : 0;
+            step *= 2;
+        } while (extents->at[low].start_bytes > offset);
+    }
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
 

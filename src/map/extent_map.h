@@ -77,6 +77,9 @@ bool extent_map_mark(struct extent_map *map, uint64_t start_bytes, uint64_t len_
 
 // For a file of size_bytes. 0 or -ENOMEM.
 int extent_map_create(struct extent_map *map, uint64_t size_bytes);
+// The file has size_bytes now. No queue looks at the map meanwhile. 0 or -ENOMEM: what is new stays by way of
+// the file.
+int extent_map_grow(struct extent_map *map, uint64_t size_bytes);
 void extent_map_destroy(struct extent_map *map);
 
 // An empty region, *filled, in the place of what is there, which is returned (X1). Without memory *filled is

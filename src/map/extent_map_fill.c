@@ -6,9 +6,24 @@
 
 int extent_map_create(struct extent_map *map, uint64_t size_bytes)
 {
-    map->nr_regions = (size_bytes + REGION_BYTES - 1) / REGION_BYTES;
-    map->regions = calloc(map->nr_regions ? map->nr_regions : 1, sizeof(*map->regions));
-    return map->regions ? 0 : -ENOMEM;
+    *map = (struct extent_map){.regions = NULL};
+    return extent_map_grow(map, max_of(size_bytes, 1U));
+}
+
+int extent_map_grow(struct extent_map *map, uint64_t size_bytes)
+{
+    uint64_t nr_regions = size_bytes / REGION_BYTES + (size_bytes % REGION_BYTES != 0);
+    _Atomic(struct region *) *regions;
+
+    if (nr_regions <= map->nr_regions)
+        return 0;
+    regions = realloc(map->regions, nr_regions * sizeof(*regions));
+    if (!regions)
+        return -ENOMEM;
+    map->regions = regions;
+    while (map->nr_regions < nr_regions)
+        atomic_init(&regions[map->nr_regions++], NULL);
+    return 0;
 }
 
 void extent_map_destroy(struct extent_map *map)
@@ -110,6 +125,10 @@ int extents_read(struct extents **extents, int fd, uint64_t index, uint64_t know
         free(build.extents);
         return ret;
     }
-    *extents = build.extents;
+    // As much as it takes, and the end.
+    *extents = realloc(build.extents, sizeof(*build.extents) +
+                                          (build.extents->nr_extents + 1) * sizeof(build.extents->at[0]));
+    if (!*extents)
+        *extents = build.extents;
     return 0;
 }

@@ -44,12 +44,15 @@ static int fastfs_extent(struct map *map, uint64_t start_bytes, uint64_t len_byt
 static void fastfs_begin_write(struct map *map, struct extent *ext)
 {
     struct fastfs *fastfs = container_of(map, struct fastfs, map);
+    bool is_due;
 
     if (ext->state == EXTENT_MAPPED && ext->fd == map->device_fd)
         return;
     ext->state = EXTENT_MAPPED;
-    if (extent_map_mark(&fastfs->extents, ext->offset_bytes, ext->len_bytes) &&
-        !atomic_exchange(&fastfs->is_refill_asked, true))
+    is_due = extent_map_mark(&fastfs->extents, ext->offset_bytes, ext->len_bytes);
+    if (!atomic_load(&fastfs->has_marks)) // behind the mark: who takes it back looks for marks then
+        atomic_store(&fastfs->has_marks, true);
+    if (is_due && !atomic_exchange(&fastfs->is_refill_asked, true))
         ring_post(fastfs->ring, &fastfs->refill_op, 0);
 }
 

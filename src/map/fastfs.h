@@ -43,7 +43,7 @@ struct fastfs {
     struct map map;
     _Atomic uint64_t redirect_until_ns; // F1
     struct extent_map extents;          // of the file, not of the device
-    atomic_bool is_refill_asked;
+    atomic_bool is_refill_asked, has_marks;
     struct ring_op refill_op;
 
     // The keeper's: a thread that owns the lease and the extent map.
@@ -60,8 +60,10 @@ struct fastfs {
     struct map_call *punches; // under way
     bool is_in;               // between enter() and leave()
     bool is_sampled, is_stopped, is_ending;
-    uint64_t retry_ns;   // until the next attempt to get the lease
-    const char *why_not; // not redirecting
+    uint64_t retry_ns;      // until the next attempt to get the lease
+    const char *why_not;    // not redirecting
+    uint64_t file_bytes;    // as of the last adjust()
+    struct map_status sums; // of the extents in the map
     // For fastfs_describe().
     pthread_mutex_t lock;
     struct map_status status;
@@ -76,6 +78,9 @@ void fastfs_call(struct map *map, struct map_call *call);
 void fastfs_describe(struct map *map, struct map_status *status);
 
 void *fastfs_keeper(void *arg);
+
+// The image has file_bytes now. No queue looks at the map meanwhile. Any thread but the keeper's.
+void fastfs_grow(struct fastfs *fastfs, uint64_t file_bytes);
 
 // Compares some of the file with what the device has at those places. 0, or a negative errno with err set.
 int fastfs_sample(struct fastfs *fastfs, struct err *err);

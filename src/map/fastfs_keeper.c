@@ -7,12 +7,12 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -64,26 +64,26 @@ static void drop_pages(const struct fastfs *fastfs)
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
+// extents come into the map or leave it. times: 1 or -1.
+static void count(struct fastfs *fastfs, const struct extents *extents, uint64_t times)
+{
+    struct map_status *sums = &fastfs->sums;
+
+    sums->nr_extents += times * extents->nr_device;
+    sums->device_bytes += times * extents->bytes[ON_DEVICE];
+    sums->zero_bytes += times * extents->bytes[NOWHERE];
+    sums->file_bytes += times * extents->bytes[IN_FILE];
+}
+
 // What has been filled, in sums. The lock is for fastfs_describe().
 static void tell(struct fastfs *fastfs)
 {
-    struct map_status status = {.nr_lease_breaks = fastfs->status.nr_lease_breaks};
-    const struct image *image = fastfs->map.image;
+    struct map_status status = fastfs->sums;
 
-    for (uint64_t i = 0; i < fastfs->extents.nr_regions; i++) {
-        struct region *region = atomic_load(&fastfs->extents.regions[i]);
-        struct extents *extents = region ? atomic_load(&region->extents) : NULL;
-
-        if (!extents)
-            continue;
-        status.nr_extents += extents->nr_device;
-        status.device_bytes += extents->bytes[ON_DEVICE];
-        status.zero_bytes += extents->bytes[NOWHERE];
-        status.file_bytes += extents->bytes[IN_FILE];
-    }
+    status.nr_lease_breaks = fastfs->status.nr_lease_breaks;
     status.is_redirecting = atomic_load(&fastfs->redirect_until_ns);
     status.unknown_bytes = status.device_bytes + status.zero_bytes + status.file_bytes;
-    status.unknown_bytes = image->file_bytes - min_of(status.unknown_bytes, image->file_bytes);
+    status.unknown_bytes = fastfs->file_bytes - min_of(status.unknown_bytes, fastfs->file_bytes);
     snprintf(status.device, sizeof(status.device), "%s", fastfs->place.device);
     if (!status.is_redirecting)
         snprintf(status.why_not, sizeof(status.why_not), "%s", fastfs->why_not);
@@ -108,6 +108,16 @@ static void push(struct region **list, struct region *region)
         return;
     region->next = *list;
     *list = region;
+}
+
+// Out of the map.
+static void push_old(struct fastfs *fastfs, struct region **old, struct region *region)
+{
+    const struct extents *extents = region ? atomic_load(&region->extents) : NULL;
+
+    if (extents)
+        count(fastfs, extents, -1ULL);
+    push(old, region);
 }
 
 // ---- The extent map
@@ -138,7 +148,7 @@ static void begin_fill(struct fastfs *fastfs, uint64_t index, struct region **fi
 {
     struct region *filled;
 
-    push(old, extent_map_begin_fill(&fastfs->extents, index, &filled));
+    push_old(fastfs, old, extent_map_begin_fill(&fastfs->extents, index, &filled));
     push(fill, filled);
 }
 
@@ -146,7 +156,7 @@ static void begin_fill(struct fastfs *fastfs, uint64_t index, struct region **fi
 static void close_regions(struct fastfs *fastfs, const struct map_call *punch, struct region **old)
 {
     for (uint64_t i = call_start(fastfs, punch) / REGION_BYTES; i <= last_region(fastfs, punch); i++)
-        push(old, extent_map_replace(&fastfs->extents, i, &extent_map_closed));
+        push_old(fastfs, old, extent_map_replace(&fastfs->extents, i, &extent_map_closed));
 }
 
 static void open_regions(struct fastfs *fastfs, struct map_call *punch, struct region **old)
@@ -158,7 +168,7 @@ static void open_regions(struct fastfs *fastfs, struct map_call *punch, struct r
     *at = punch->next_punch;
     for (uint64_t i = call_start(fastfs, punch) / REGION_BYTES; i <= last_region(fastfs, punch); i++) {
         if (!is_closed(fastfs, i))
-            push(old, extent_map_replace(&fastfs->extents, i, NULL));
+            push_old(fastfs, old, extent_map_replace(&fastfs->extents, i, NULL));
     }
 }
 
@@ -172,8 +182,10 @@ static void leave(struct fastfs *fastfs, const char *why)
     fastfs->is_in = false;
     fastfs->why_not = why;
     atomic_store(&fastfs->redirect_until_ns, 0); // F2
-    for (uint64_t i = 0; i < fastfs->extents.nr_regions; i++)
-        push(&old, extent_map_replace(&fastfs->extents, i, NULL));
+    for (uint64_t i = 0; i < fastfs->extents.nr_regions; i++) {
+        if (atomic_load(&fastfs->extents.regions[i])) // an opener waits
+            push_old(fastfs, &old, extent_map_replace(&fastfs->extents, i, NULL));
+    }
     device_barrier(fastfs->map.dev); // X1
     free_list(old);
     drop_pages(fastfs);
@@ -181,13 +193,10 @@ static void leave(struct fastfs *fastfs, const char *why)
     tell(fastfs);
 }
 
-static int enter(struct fastfs *fastfs, struct err *err)
+static int take_lease(const struct fastfs *fastfs, struct err *err)
 {
     const struct image *image = fastfs->map.image;
     struct f_owner_ex owner = {.type = F_OWNER_TID, .pid = gettid()};
-    struct region *none = NULL;
-    uint64_t now_ns;
-    int ret;
 
     // SIGIO, which is not lost for want of memory, and to this thread alone. The kernel forgets the owner
     // with a lease, and makes the process the owner where there is none when one is taken.
@@ -202,12 +211,39 @@ static int enter(struct fastfs *fastfs, struct err *err)
             "%s: fastfs: taking a lease: %s; run as its owner or with CAP_LEASE, or use --map linear",
             image->path, strerror(errno));
     }
-    if (!image->is_read_only && fdatasync(image->fd) < 0) { // F5
-        ret = -errno;
-        flush_failed(fastfs->map.dev, ret);
-        err_set(err, ret, "%s: flushing: %s", image->path, strerror(-ret));
+    return 0;
+}
+
+static int sync_image(const struct fastfs *fastfs, struct err *err)
+{
+    const struct image *image = fastfs->map.image;
+    int ret;
+
+    if (image->is_read_only || !fdatasync(image->fd))
+        return 0;
+    ret = -errno;
+    flush_failed(fastfs->map.dev, ret);
+    return err_set(err, ret, "%s: flushing: %s", image->path, strerror(-ret));
+}
+
+static int enter(struct fastfs *fastfs, struct err *err)
+{
+    struct region *none = NULL;
+    uint64_t now_ns;
+    int ret = take_lease(fastfs, err);
+
+    if (ret < 0)
+        return ret;
+    // Most of it while nobody has to wait for us.
+    drop_lease(fastfs);
+    ret = sync_image(fastfs, err);
+    if (!ret)
+        ret = take_lease(fastfs, err);
+    if (ret < 0)
+        return ret;
+    ret = sync_image(fastfs, err); // F5
+    if (ret < 0)
         goto out;
-    }
     drop_pages(fastfs);
     ret = fastfs->is_sampled ? 0 : fastfs_sample(fastfs, err);
     if (ret < 0)
@@ -271,8 +307,10 @@ static void end_fills(struct fastfs *fastfs, struct region *fill)
         ret = extents_read(&extents, image->fd, fill->index, round_down((uint64_t)st.st_size, block), block);
         if (ret < 0)
             log_verbose("%s: fastfs: FIEMAP: %s", image->path, strerror(-ret));
-        else
-            atomic_store_explicit(&fill->extents, extents, memory_order_release);
+        if (ret < 0)
+            continue;
+        count(fastfs, extents, 1);
+        atomic_store_explicit(&fill->extents, extents, memory_order_release);
     }
     tell(fastfs);
 }
@@ -307,7 +345,7 @@ static void answer(struct map_call *call)
     }
 }
 
-// All that was asked for, behind one barrier. nr_marks: from how many on a region is filled anew.
+// All that was asked for, behind one barrier. nr_marks: from how many on a region is filled anew; 0: none is.
 static void work(struct fastfs *fastfs, unsigned nr_marks)
 {
     struct map_call *ends = take_calls(fastfs, MAP_PUNCH_END), *punches = take_calls(fastfs, MAP_PUNCH);
@@ -323,7 +361,8 @@ static void work(struct fastfs *fastfs, unsigned nr_marks)
             close_regions(fastfs, call, &old);
     }
     if (fastfs->is_in) {
-        begin_refills(fastfs, nr_marks, &fill, &old);
+        if (nr_marks)
+            begin_refills(fastfs, nr_marks, &fill, &old);
         for (call = fetches; call; call = call->next)
             begin_fetch(fastfs, call, &fill, &old);
     }
@@ -340,7 +379,7 @@ static void do_work(struct ring_hook *hook)
 {
     struct fastfs *fastfs = container_of(hook, struct fastfs, work_hook);
 
-    work(fastfs, atomic_exchange(&fastfs->is_refill_asked, false) ? REGION_REFILL_MARKS : UINT_MAX);
+    work(fastfs, atomic_exchange(&fastfs->is_refill_asked, false) ? REGION_REFILL_MARKS : 0);
 }
 
 static void take_call(struct ring_op *op, int res)
@@ -428,7 +467,7 @@ static void tick(struct ring_op *op, int res)
     if (!fastfs->is_in)
         try_again(fastfs);
     else if (keep(fastfs))
-        work(fastfs, 1);
+        work(fastfs, atomic_exchange(&fastfs->has_marks, false));
     else
         lose(fastfs);
     tick_in(fastfs, fastfs->is_in ? min_of(TICK_MAX_NS, half_break_ns() / 4) : fastfs->retry_ns);
@@ -459,6 +498,37 @@ static void stop(struct ring_op *op, int res)
     if (fastfs->is_in)
         leave(fastfs, "stopped");
     sem_post(&fastfs->sem);
+}
+
+struct grow {
+    struct ring_op op;
+    struct fastfs *fastfs;
+    uint64_t file_bytes;
+    sem_t over;
+};
+
+static void grow(struct ring_op *op, int res)
+{
+    struct grow *grow = container_of(op, struct grow, op);
+
+    (void)res;
+    if (extent_map_grow(&grow->fastfs->extents, grow->file_bytes) < 0)
+        log_line("%s: fastfs: out of memory; its new part is used by way of the file",
+                 grow->fastfs->map.image->path);
+    grow->fastfs->file_bytes = grow->file_bytes;
+    tell(grow->fastfs);
+    sem_post(&grow->over);
+}
+
+void fastfs_grow(struct fastfs *fastfs, uint64_t file_bytes)
+{
+    struct grow ask = {.op.done = grow, .fastfs = fastfs, .file_bytes = file_bytes};
+
+    sem_init(&ask.over, 0, 0);
+    ring_post(fastfs->ring, &ask.op, 0);
+    while (sem_wait(&ask.over) < 0)
+        ; // EINTR
+    sem_destroy(&ask.over);
 }
 
 // ---- The thread
@@ -503,8 +573,11 @@ static int begin(struct fastfs *fastfs, struct err *err)
 void *fastfs_keeper(void *arg)
 {
     struct fastfs *fastfs = arg;
-    int ret = begin(fastfs, fastfs->open_err);
+    int ret;
 
+    // It has little to do, and who opens the image waits for that: ahead of the queues, where we may.
+    setpriority(PRIO_PROCESS, (id_t)gettid(), -20);
+    ret = begin(fastfs, fastfs->open_err);
     fastfs->open_ret = ret;
     if (!ret) {
         ring_queue(fastfs->ring, &fastfs->signal_op);

@@ -78,6 +78,7 @@ int fastfs_adjust(struct map *map, struct image *image, struct err *err)
     // page cache, and write them back when newer data are on the device.
     image->dio_offset_align = max_of(image->dio_offset_align, block);
     image->sector_bytes = max_of(image->sector_bytes, block);
+    fastfs_grow(fastfs, image->file_bytes);
     return 0;
 }
 

@@ -116,6 +116,46 @@ static void what_is_not_known_is_to_be_asked_for(void **state)
     extent_map_destroy(&map);
 }
 
+static void a_file_that_grows_keeps_what_is_known(void **state)
+{
+    struct extent_map map;
+    struct found found;
+
+    (void)state;
+    create(&map);
+    assert_int_equal(extent_map_grow(&map, 40 * REGION_BYTES + 1), 0);
+    assert_found(&map, BLOCK, BLOCK, ON_DEVICE, BLOCK, 101 * BLOCK);
+    assert_int_equal(extent_map_find(&map, 40 * REGION_BYTES, BLOCK, &found), -EAGAIN);
+    assert_int_equal(extent_map_grow(&map, 1), 0); // nor does it shrink
+    assert_int_equal(map.nr_regions, 41);
+    extent_map_destroy(&map);
+}
+
+// Extents of very different lengths: the look-up begins far from where it ends.
+static void every_block_of_an_uneven_region_is_found(void **state)
+{
+    struct extents_build build = begin_build(UINT64_MAX);
+    struct extent_map map;
+    uint64_t at = 0, len = 0;
+
+    (void)state;
+    assert_int_equal(extent_map_create(&map, REGION_BYTES), 0);
+    for (unsigned i = 0; at < REGION_BYTES; i++, at += len) {
+        len = min_of(i % 7 ? (1 + i % 3) * BLOCK : 300 * BLOCK, REGION_BYTES - at);
+        if (i > 60)
+            len = BLOCK;
+        take(&build, at, len, FILE_WRITTEN, 10 * at);
+    }
+    atomic_store(&add_region(&map, 0)->extents, build.extents);
+    for (size_t i = 0; i < build.extents->nr_extents; i++) {
+        uint64_t start = build.extents->at[i].start_bytes, end = build.extents->at[i + 1].start_bytes;
+
+        for (at = start; at < end; at += BLOCK)
+            assert_found(&map, at, BLOCK, ON_DEVICE, BLOCK, 10 * start + (at - start));
+    }
+    extent_map_destroy(&map);
+}
+
 static void what_is_marked_goes_by_way_of_the_file(void **state)
 {
     struct extent_map map;
@@ -199,6 +239,8 @@ static void *race(void *arg)
         if (unit_random(&random) % 16 == 0)
             extent_map_mark(&racers->map, at, BLOCK);
         atomic_fetch_add(&racers->nr_passed[racer->number], 1);
+        if (unit_random(&random) % 256 == 0)
+            sched_yield(); // there may be fewer CPUs than threads
     }
     return NULL;
 }
@@ -242,6 +284,8 @@ int main(void)
         cmocka_unit_test(every_place_is_found),
         cmocka_unit_test(what_goes_on_behind_a_region_is_one_extent),
         cmocka_unit_test(what_is_not_known_is_to_be_asked_for),
+        cmocka_unit_test(a_file_that_grows_keeps_what_is_known),
+        cmocka_unit_test(every_block_of_an_uneven_region_is_found),
         cmocka_unit_test(what_is_marked_goes_by_way_of_the_file),
         cmocka_unit_test(many_marks_make_a_region_due_once),
         cmocka_unit_test(behind_what_is_known_is_the_file),
