@@ -66,6 +66,14 @@ static void flush_note_sync(struct device *dev, uint64_t nr_writes)
         ;
 }
 
+static void flush_end(struct rq *rq, int error)
+{
+    if (rq->ran)
+        rq->ran(rq, error);
+    else
+        rq_end(rq, error);
+}
+
 static void flush_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);
@@ -74,7 +82,7 @@ static void flush_done(struct ring_op *op, int res)
         flush_failed(rq->queue->dev, res); // F2
     else
         res = atomic_load(&rq->queue->dev->flush_error); // one that failed meanwhile
-    rq_end(rq, res);
+    flush_end(rq, res);
 }
 
 static void flush_fd(struct rq *rq, int fd, void (*done)(struct ring_op *op, int res))
@@ -93,7 +101,7 @@ static void flush_image_done(struct ring_op *op, int res)
         flush_done(op, res);
         return;
     }
-    flush_note_sync(dev, rq->offset_bytes);
+    flush_note_sync(dev, rq->ext.offset_bytes);
     flush_fd(rq, dev->map->device_fd, flush_done); // F4
 }
 
@@ -103,12 +111,12 @@ void flush_submit(struct rq *rq)
     int error = atomic_load_explicit(&dev->flush_error, memory_order_relaxed);
 
     if (error || dev->durability.flush == FLUSH_NOTHING) {
-        rq_end(rq, error);
+        flush_end(rq, error);
     } else if (dev->durability.flush == FLUSH_FDATASYNC) {
         flush_fd(rq, dev->image->fd, flush_done);
     } else {
-        rq->offset_bytes = atomic_load(&dev->nr_image_writes); // a FLUSH has no other use for it
-        if (rq->offset_bytes == atomic_load(&dev->nr_synced))
+        rq->ext.offset_bytes = atomic_load(&dev->nr_image_writes); // a FLUSH has no other use for it
+        if (rq->ext.offset_bytes == atomic_load(&dev->nr_synced))
             flush_fd(rq, dev->map->device_fd, flush_done);
         else
             flush_fd(rq, dev->image->fd, flush_image_done);

@@ -34,7 +34,8 @@ struct durability flush_durability(const struct durability_in *in);
 struct rq;
 struct device;
 
-// A FLUSH begins: covers every write of the device that is complete. Queue's thread.
+// A FLUSH begins: covers every write of the device that is complete. Ends with rq->ran() where that is set,
+// as rq_run() does. Queue's thread.
 void flush_submit(struct rq *rq);
 
 // RWF_* for this write. Queue's thread.

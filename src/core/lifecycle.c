@@ -304,12 +304,6 @@ int device_create_writeback(struct writeback **writeback, struct device *dev,
     *writeback = NULL;
     if (!options->writeback_bytes || image->is_read_only)
         return 0;
-    if (map->device_fd >= 0)
-        return err_usage(
-            err,
-            "%s: --writeback gives space through the file system, which --map %s goes past; use one "
-            "of them",
-            image->path, map->ops->name);
     return writeback_create(writeback, dev,
                             &(struct writeback_options){
                                 .size_bytes = options->writeback_bytes,

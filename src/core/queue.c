@@ -269,7 +269,7 @@ static void rq_may_punch(struct ring_op *op, int res)
     io_submit_other(rq->queue->dev->io, rq);
 }
 
-static void rq_punch(struct rq *rq)
+void rq_punch(struct rq *rq)
 {
     struct map *map = rq->queue->dev->map;
 

@@ -71,6 +71,9 @@ void rq_run(struct rq *rq, uint64_t run_bytes, void (*ran)(struct rq *rq, int er
 // it comes back. 0 or a negative errno to end with. Queue's thread.
 int rq_need_memory(struct rq *rq);
 
+// DISCARD, WRITE_ZEROES: the map is told before and after, and the io does it. Ends with rq_end().
+void rq_punch(struct rq *rq);
+
 // n bytes of the data have been moved.
 void rq_advance(struct rq *rq, uint64_t n);
 

@@ -55,7 +55,8 @@ struct rq {
     struct rq *next; // held back, or in a list of the io's
     uint64_t start_ns;
     uint64_t done_bytes; // of len_bytes; READ, WRITE: also gone from iov
-    // Optional: the lower layers do no more than run_bytes of len_bytes, and end with this, not rq_end().
+    // Optional: the lower layers do no more than run_bytes of len_bytes, or one FLUSH, and end with this, not
+    // rq_end().
     void (*ran)(struct rq *rq, int error);
     uint64_t run_bytes;
 

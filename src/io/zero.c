@@ -113,9 +113,10 @@ int zero_work(struct rq *rq)
         ret = zero_discard(dev->io, offset, rq->len_bytes);
     else
         ret = zero_write_zeroes(dev->io, rq, offset, rq->len_bytes);
-    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC && fdatasync(dev->image->fd) < 0) {
-        ret = -errno;
-        flush_failed(dev, ret); // F2
+    if (!ret && (rq->flags & RQ_FUA) && dev->durability.fua == FUA_DSYNC) {
+        ret = fdatasync(dev->image->fd) < 0 ? -errno : map_sync(dev->map); // F4 of flush.c
+        if (ret < 0)
+            flush_failed(dev, ret); // F2
     }
     flush_note_write(rq); // also when it failed: some of it may have been done
     return ret;

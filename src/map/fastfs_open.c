@@ -50,12 +50,6 @@ int fastfs_adjust(struct map *map, struct image *image, struct err *err)
     struct fastfs *fastfs = container_of(map, struct fastfs, map);
     uint32_t block = fastfs->place.block_bytes;
 
-    if (map->dev->writeback)
-        return err_usage(
-            err,
-            "%s: --map fastfs goes past the file system, through which --writeback gives space; use "
-            "one of them",
-            image->path);
     if (!image->is_direct)
         return err_set(err, -EINVAL, "%s: fastfs: goes past the page cache; use --io direct, or --map linear",
                        image->path);

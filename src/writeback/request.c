@@ -407,34 +407,28 @@ static void write_start(struct rq *rq)
 
 // ---- FLUSH, and the end of FUA
 
-static void fua_flushed(struct ring_op *op, int res)
+static void fua_flushed(struct rq *rq, int error)
 {
-    struct rq *rq = rq_of(op);
-
     rq->op = rq->wb.op;
-    if (res < 0)
-        flush_failed(rq->queue->dev, res); // F2
-    else
-        res = atomic_load(&rq->queue->dev->flush_error);
-    if (!res && rq->op == REQ_OP_WRITE_ZEROES)
+    rq->ran = NULL;
+    if (!error && rq->op == REQ_OP_WRITE_ZEROES)
         zero_whole(rq);
     else
-        rq_end(rq, res);
+        rq_end(rq, error);
 }
 
 void request_synced(struct rq *rq, int error)
 {
     if (error) {
         rq_end(rq, error);
-    } else if (rq->op == REQ_OP_FLUSH) {
-        flush_submit(rq);
-    } else {
+        return;
+    }
+    if (rq->op != REQ_OP_FLUSH) {
         rq->wb.op = rq->op;
         rq->op = REQ_OP_FLUSH;
-        rq->ring_op.done = fua_flushed;
-        rq->ext.fd = rq->queue->dev->image->fd;
-        io_flush(rq->queue->dev->io, rq);
+        rq->ran = fua_flushed;
     }
+    flush_submit(rq);
 }
 
 static void flush_start(struct rq *rq)
@@ -555,7 +549,7 @@ static void zero_go(struct ring_op *op, int res)
     queue_count_in(rq->queue); // rq_end() comes before what is ours to do then
     rq->wb.done = rq->done;
     rq->done = zeroed;
-    io_submit_other(rq->queue->dev->io, rq);
+    rq_punch(rq);
 }
 
 static void zero_whole(struct rq *rq)

@@ -8,9 +8,11 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import mmap
 import os
 import random
 import re
+import select
 import signal
 import sys
 import threading
@@ -18,12 +20,14 @@ import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "clients"))
+import attached
 import harness
 import raw
 from harness import K, M, Server, filesystem, have, run, rounds, wait_until
 from test_model import Model, Shadow
 
 KINDS = ("ext4", "xfs")
+LONG = os.environ.get("BIGHT_TEST_LONG") == "1"
 SIZE = 18 * M  # a region of the map, and a part of one
 
 
@@ -117,6 +121,8 @@ class Others:
         """A file of known contents, on the disk at once: it takes blocks that a punch has freed."""
         name, size = f"other-{number}", 4 * K * self.chance.randrange(1, 64)
         data = self.chance.randbytes(size)
+        if number % 40 == 39:
+            self.fill_up()
         try:
             with open(f"{self.point}/{name}", "wb") as file:
                 file.write(data)
@@ -130,6 +136,18 @@ class Others:
             del self.files[name]
         time.sleep(0.002)
 
+    def fill_up(self):
+        """No space is left for a while, and then all that was taken is free."""
+        path, size = f"{self.point}/everything", 512 * M
+        with open(path, "wb") as file:
+            while size >= 4 * K:
+                try:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+                except OSError:
+                    size //= 2
+        time.sleep(0.02)
+        os.unlink(path)
+
     def open(self, number):
         """Whoever opens the image for reading, for writing, by its name or with intent to move its blocks."""
         begin = time.monotonic()
@@ -141,10 +159,11 @@ class Others:
                 while os.read(fd, M):
                     pass
             elif what == 1:
-                os.truncate(self.image, self.size + 64 * K)
+                with contextlib.suppress(OSError):
+                    os.truncate(self.image, self.size + 64 * K)
                 os.truncate(self.image, self.size)
             elif what == 2 and self.kind == "xfs":
-                run("cp", "--reflink=always", self.image, f"{self.point}/snapshot")
+                run("cp", "--reflink=always", self.image, f"{self.point}/snapshot", status=None)
             elif what == 3 and self.kind == "ext4" and have("e4defrag"):
                 run("e4defrag", self.image, status=None)
             elif what == 3 and self.kind == "xfs" and have("xfs_fsr"):
@@ -166,31 +185,36 @@ class Others:
 @unittest.skipIf(os.geteuid(), "needs root")
 class Fastfs(unittest.TestCase):
     def test_operations_of_all_kinds_while_others_open_the_image(self):
-        for kind, ring in itertools.product(KINDS, harness.rings()):
-            with self.subTest(kind=kind, ring=ring, BIGHT_SEED=harness.SEED), harness.loop_device(400 * M) as device:
+        ways = [(ring, io) for ring in harness.rings() for io in (None, harness.WRITEBACK)]
+        for kind, (ring, io) in itertools.product(KINDS, ways if LONG else ways[:2]):
+            with self.subTest(kind=kind, ring=ring, io=io, BIGHT_SEED=harness.SEED), \
+                    harness.loop_device(400 * M) as device:
                 run(*harness.MKFS[kind], device)
                 with harness.mounted(device, kind) as point:
-                    files = self.disturbed(f"{point}/disk.img", point, kind, ring)
+                    files = self.disturbed(f"{point}/disk.img", point, kind, ring, io)
                 check_filesystem(kind, device)
                 with harness.mounted(device, kind) as point:  # from the disk, not from the cache
                     files.check(point)
 
-    def disturbed(self, path, point, kind, ring):
+    def disturbed(self, path, point, kind, ring, io):
         shadow = Shadow(make_image(path, random.Random(harness.SEED)))
-        with served(path, "--queues", "4", ring=ring) as server:
+        with served(path, "--queues", "4", ring=ring, io=io) as server:
             with Others(point, path, kind, harness.SEED) as others:
-                model = Model(self, server, shadow, harness.SEED, raw.MODES * 2)
+                model = Model(self, server, shadow, harness.SEED, raw.MODES * 2, errors=(raw.ENOSPC,))
                 model.pick_range = self.picker(model)
-                for _ in range(rounds(12)):
+                for _ in range(rounds(8)):
                     model.run(250)
+                    if io:  # what is in our cache nobody else sees
+                        self.settle(model)
                     # nothing is in flight: whoever opens it now sees exactly this
                     check_whole(model, harness.read_file(path))
                     if kind == "xfs":
-                        run("cp", "--reflink=always", path, f"{point}/copy.img")
+                        self.insist("cp", "--reflink=always", path, f"{point}/copy.img")
                         check_whole(model, harness.read_file(f"{point}/copy.img"))
                     self.punch(path, shadow, model.chance)
             if others.errors:
                 raise others.errors[0]
+            self.settle(model)
             model.run(500)  # alone again
             wait_for_redirection(server)
             model.run(500)
@@ -198,14 +222,21 @@ class Fastfs(unittest.TestCase):
             self.assertTrue(told["redirects"], told)
             self.assertGreater(told["bytes"], 0)
             self.assertGreater(told["breaks"], 0)
+            self.settle(model)
             with server.connect() as client:
-                client.flush()
                 check_whole(model, client.read(0, SIZE))
             for client in model.clients:
                 client.disconnect()
         check_whole(model, harness.read_file(path))
         self.assertEqual(os.path.getsize(path), SIZE)
         return others
+
+    @staticmethod
+    def settle(model):
+        """A flush, which fails while there is no space for what was promised some (write-back), but not for long."""
+        client = model.clients[0]
+        wait_until(lambda: client.command(raw.FLUSH).error in (0, raw.ENOSPC) and not client.command(raw.FLUSH).error,
+                   "a flush")
 
     @staticmethod
     def picker(model):
@@ -223,8 +254,13 @@ class Fastfs(unittest.TestCase):
     @staticmethod
     def punch(path, shadow, chance):
         offset, length = 4 * K * chance.randrange(SIZE // (4 * K) - 64), 4 * K * chance.randrange(1, 64)
-        run("fallocate", "--punch-hole", "--offset", offset, "--length", length, path)
+        Fastfs.insist("fallocate", "--punch-hole", "--offset", offset, "--length", length, path)
         shadow.write(offset, bytes(length))
+
+    @staticmethod
+    def insist(*command):
+        """Also while the file system is full."""
+        wait_until(lambda: run(*command, status=None).returncode == 0, f"the end of {command[0]}")
 
 
 @unittest.skipIf(os.geteuid(), "needs root")
@@ -351,7 +387,7 @@ class Lease(harness.Case):
                     shadow = Shadow(make_image(path, random.Random(harness.SEED)))
                     with served(path) as server:
                         model = Model(self, server, shadow, harness.SEED, raw.MODES)
-                        model.run(rounds(1000))
+                        model.run(rounds(800))
                         with server.connect() as client:
                             client.flush()
                         server.kill()
@@ -359,6 +395,146 @@ class Lease(harness.Case):
                 check_filesystem(kind, device)
                 with harness.mounted(device, kind) as point:
                     check_whole(model, harness.read_file(f"{point}/disk.img"))
+
+    def test_a_power_cut_loses_nothing_that_was_flushed(self):
+        """What the disk has after the answer to a FLUSH, or to a write with FUA, is all that is needed."""
+        for kind, io in itertools.product(KINDS, (None, harness.WRITEBACK)):
+            with self.subTest(kind=kind, io=io), harness.undo_stack() as undo:
+                disk = f"{undo.enter_context(harness.scratch_dir('/dev/shm'))}/disk"
+                harness.write_file(disk, size=400 * M)
+                device = undo.enter_context(harness.loop_device(0, backing=disk))
+                run(*harness.MKFS[kind], device)
+                point = undo.enter_context(harness.mounted(device, kind))
+                shadow = Shadow(make_image(f"{point}/disk.img", random.Random(harness.SEED)))
+                server = undo.enter_context(served(f"{point}/disk.img", io=io))
+                model = Model(self, server, shadow, harness.SEED, raw.MODES)
+                for _ in range(2):
+                    model.run(rounds(300))
+                    model.clients[0].flush()
+                    check_whole(model, self.after_power_cut(disk, kind))
+                client, offset = model.clients[0], 0
+                for number in range(1, 4):  # into what is whatever it is: hole, unwritten, redirected
+                    offset = 4 * K * model.chance.randrange(SIZE // (4 * K))
+                    client.command(raw.WRITE, offset, data=bytes([number]) * 4 * K, flags=raw.FUA)
+                    found = self.after_power_cut(disk, kind)
+                    self.assertEqual(found[offset:offset + 4 * K], bytes([number]) * 4 * K)
+
+    @staticmethod
+    def after_power_cut(disk, kind):
+        """The image on a copy of the disk."""
+        run("cp", "--sparse=always", disk, f"{disk}.copy")
+        with harness.loop_device(0, backing=f"{disk}.copy") as device, \
+                harness.mounted(device, kind, "nouuid" if kind == "xfs" else "") as point:
+            data = harness.read_file(f"{point}/disk.img")
+        os.unlink(f"{disk}.copy")
+        return data
+
+
+@unittest.skipIf(os.geteuid(), "needs root")
+class Changes(attached.Attached):
+    """What is set, switched and resized while it redirects."""
+
+    def attached(self, path, *args):
+        self.attach(path, "--name", "disk", "--map", "fastfs", "--nbd", f"unix:{self.sock('disk')}", *args)
+        self.addCleanup(lambda: self.bight("detach", "--all", "--force"))  # before its file system goes
+        return self.enterContext(raw.connect(self.sock("disk")))
+
+    def test_what_an_image_has_grown_by_is_redirected(self):
+        path = harness.write_file(f"{self.enterContext(filesystem('ext4', 400 * M))}/disk.img", b"o" * M, size=20 * M)
+        client = self.attached(path)
+        client.read(0, M)
+        os.truncate(path, 80 * M)
+        self.bight("resize", "disk")
+        with raw.connect(self.sock("disk")) as client:
+            client.write(70 * M, b"n" * M)
+            wait_until(lambda: self.show("disk")["redirects"], "redirection")
+
+            def is_redirected():
+                self.assertEqual((client.read(0, 64 * K), client.read(70 * M, M)), (b"o" * 64 * K, b"n" * M))
+                return self.show("disk")["redirected_bytes"] == 2 * M
+
+            wait_until(is_redirected, "redirection of what is new")
+            self.assertEqual(self.show("disk")["not_asked_for_bytes"], 48 * M)
+
+    def test_settings_change_under_load(self):
+        point = self.enterContext(filesystem("xfs", 400 * M))
+        path = harness.write_file(f"{point}/disk.img", size=16 * M)
+        self.attached(path)
+        with attached.Load(f"nbd+unix:///disk?socket={self.sock('disk')}", 16 * M):
+            for _ in range(rounds(5)):
+                self.bight("set", "disk", "map=linear")
+                self.assertNotIn("redirects", self.show("disk"))
+                self.bight("set", "disk", "map=fastfs")
+                wait_until(lambda: self.show("disk").get("redirected_bytes"), "redirection")
+                self.bight("set", "disk", "writeback=4M")
+                self.bight("set", "disk", "writeback=off")
+
+    def test_images_are_switched_and_each_keeps_its_own(self):
+        point = self.enterContext(filesystem("ext4", 400 * M))
+        paths = [harness.write_file(f"{point}/{name}", b"o" * 4 * M) for name in ("one", "two")]
+        client = self.attached(paths[0])
+        for number in range(1, rounds(20) + 1):
+            at = number % 64 * 64 * K
+            client.write(at, bytes([number]) * 64 * K)
+            self.assertEqual(client.read(at, 64 * K), bytes([number]) * 64 * K)
+            self.bight("switch", "disk", paths[number % 2])
+            self.assertNotEqual(client.read(at, 64 * K), bytes([number]) * 64 * K)
+            if number % 4 == 0:
+                wait_until(lambda: self.show("disk")["redirects"], "redirection")
+        client.disconnect()
+        self.bight("detach", "--force", "disk")
+        for number in range(1, rounds(20) + 1):
+            with open(paths[(number - 1) % 2], "rb") as file:
+                file.seek(number % 64 * 64 * K)
+                self.assertEqual(file.read(64 * K), bytes([number]) * 64 * K)
+
+
+@unittest.skipIf(os.geteuid(), "needs root")
+@unittest.skipUnless(os.path.exists("/dev/fuse"), "the kernel has no FUSE")
+class Killed(attached.Attached):
+    """A disk may still be at a write whose server is dead: nobody opens the image before it is over."""
+
+    def slow_file_system(self):
+        """An image in an ext4 on a block device whose writes can be made to take their time."""
+        lower = harness.write_file(self.path("lower"), size=32 * M)
+        run(*harness.MKFS["ext4"], lower)
+        device = self.attach(lower, "--name", "slow")
+        point = self.enterContext(harness.mounted(device, "ext4", "noatime"))
+        return harness.write_file(f"{point}/disk.img", b"o" * 64 * K)
+
+    def killed_in_the_middle(self, client, path, pid):
+        self.assertEqual(client.read(0, 4 * K), b"o" * 4 * K)
+        self.bight("set", "slow", "io=fault:write.delay=1:500")
+        client.issue(raw.WRITE, 0, data=b"n" * 4 * K)
+        time.sleep(0.1)
+        self.assertFalse(select.select([client.sock], [], [], 0)[0], "the disk was not slow")
+        os.kill(pid, signal.SIGKILL)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        with open(fd, "rb", buffering=0) as file, mmap.mmap(-1, 4 * K) as buffer:
+            file.readinto(buffer)
+            then = bytes(buffer)
+            time.sleep(1)
+            file.seek(0)
+            file.readinto(buffer)
+            self.assertEqual(then[:1], buffer[:1])
+        self.bight("set", "slow", "io=direct")
+
+    def test_a_write_in_flight_is_over_before_somebody_opens_the_image(self):
+        path = self.slow_file_system()
+        for ring in harness.rings():
+            with self.subTest(ring), served(path, ring=ring) as server, server.connect() as client:
+                self.assertTrue(status(server)["redirects"])
+                self.killed_in_the_middle(client, path, server.pid)
+                server.process.wait()
+            harness.write_file(path, b"o" * 64 * K)
+
+    def test_so_it_is_when_another_worker_starts(self):
+        path = self.slow_file_system()
+        self.attach(path, "--name", "fast", "--map", "fastfs", "--nbd", f"unix:{self.sock('fast')}")
+        self.addCleanup(lambda: self.bight("detach", "--force", "fast"))  # before its file system goes
+        with raw.connect(self.sock("fast")) as client:
+            self.assertTrue(self.show("fast")["redirects"])
+            self.killed_in_the_middle(client, path, self.show("fast")["worker_pid"])
 
 
 @unittest.skipIf(os.geteuid(), "needs root")
@@ -387,6 +563,42 @@ class Refusals(harness.Case):
                 with harness.mounted(device, "btrfs") as self.point:
                     self.refused("btrfs does not tell")
 
+    def test_a_layer_above_a_file_system(self):
+        self.on("ext4")
+        for name in ("lower", "upper", "work", "merged"):
+            os.mkdir(f"{self.point}/{name}")
+        folders = ",".join(f"{name}dir={self.point}/{name}" for name in ("lower", "upper", "work"))
+        done = run("mount", "-t", "overlay", "overlay", "-o", folders, f"{self.point}/merged", status=None)
+        if done.returncode:
+            self.skipTest("no overlayfs")
+        self.addCleanup(run, "umount", f"{self.point}/merged")
+        self.refused("overlayfs does not tell", path=harness.write_file(f"{self.point}/merged/disk.img", b"x" * M))
+
+    @harness.need("xfs_io")
+    def test_an_encrypted_file(self):
+        with harness.loop_device(400 * M) as device:
+            run(*harness.MKFS["ext4"], "-O", "encrypt", device)
+            with harness.mounted(device, "ext4") as self.point:
+                added = run("xfs_io", "-c", "add_enckey", self.point, input="k" * 64, stdin=None, status=None)
+                key = re.search(r"identifier ([0-9a-f]+)", added.stdout)
+                if not key:
+                    self.skipTest("the kernel encrypts no files")
+                os.mkdir(f"{self.point}/secret")
+                run("xfs_io", "-c", f"set_encpolicy {key[1]}", f"{self.point}/secret")
+                self.refused("the file is encrypted", path=harness.write_file(f"{self.point}/secret/disk.img", b"x" * M))
+
+    def test_a_file_whose_data_are_journalled(self):
+        self.on("ext4")
+        path = harness.write_file(f"{self.point}/disk.img")
+        if run("chattr", "+j", path, status=None).returncode:
+            self.skipTest("chattr +j needs CAP_SYS_RESOURCE")
+        harness.write_file(path, b"x" * M)
+        self.refused("its data go through the journal; chattr -j it", path=path)
+
+    def test_no_node_for_the_device(self):
+        self.on("xfs")
+        self.refused("mknod it", wrap=["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && exec "$@"', "-"])
+
     def test_a_block_device(self):
         with harness.loop_device(16 * M) as device:
             self.refused("a block device has no file system", path=device)
@@ -403,7 +615,6 @@ class Refusals(harness.Case):
     def test_io(self):
         self.on("xfs")
         self.refused("use --io direct", io="buffered")
-        self.refused("--writeback", "--writeback")
 
     def test_without_rights(self):
         self.on("ext4")
@@ -441,6 +652,42 @@ class Refusals(harness.Case):
                 self.refused("is not the block device", path=path)
             finally:
                 run("umount", f"/dev/{name}")
+
+
+@unittest.skipIf(os.geteuid(), "needs root")
+class Places(harness.Case):
+    """Files that may not be written, and many images on one file system."""
+
+    def test_an_immutable_file_is_redirected_for_reading(self):
+        point = self.enterContext(filesystem("ext4", 400 * M))
+        path = harness.write_file(f"{point}/disk.img", b"x" * M)
+        run("chattr", "+i", path)
+        try:
+            with served(path, "--read-only") as server, server.connect() as client:
+                self.assertEqual(client.read(0, M), b"x" * M)
+                self.assertEqual(status(server)["bytes"], M)
+        finally:
+            run("chattr", "-i", path)
+
+    def test_many_images_on_one_file_system(self):
+        """What one of them gives back another one takes."""
+        for kind in KINDS:
+            with self.subTest(kind), harness.loop_device(400 * M) as device:
+                run(*harness.MKFS[kind], device)
+                with harness.mounted(device, kind) as point, contextlib.ExitStack() as stack:
+                    shadows = [Shadow(bytes(2 * M)) for _ in range(6)]
+                    paths = [harness.write_file(f"{point}/{number}.img", size=2 * M) for number in range(6)]
+                    servers = [stack.enter_context(served(path, "--queues", "1")) for path in paths]
+                    models = [Model(self, server, shadow, harness.SEED + number, ("extended",), aligned=4 * K)
+                              for number, (server, shadow) in enumerate(zip(servers, shadows))]
+                    for _ in range(rounds(10)):
+                        for model in models:
+                            model.run(30)
+                    for model in models:
+                        model.clients[0].flush()
+                    for model, path in zip(models, paths):
+                        check_whole(model, harness.read_file(path))
+                check_filesystem(kind, device)
 
 
 if __name__ == "__main__":
