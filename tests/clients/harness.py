@@ -30,8 +30,7 @@ RINGS = ("uring", "threads")
 IOS = ("direct", "buffered")
 WRITEBACK = "writeback"  # direct, with as little memory as there can be: it is full all the time
 K, M, G = 1 << 10, 1 << 20, 1 << 30
-# far beyond what anything takes: reached only by a hang
-PATIENCE = 120
+PATIENCE = raw.PATIENCE
 SANITIZER = re.compile(r"(ERROR|WARNING): \w+Sanitizer|runtime error:|SUMMARY: \w+Sanitizer")
 
 libc = ctypes.CDLL(None, use_errno=True)

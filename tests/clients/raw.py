@@ -45,6 +45,8 @@ ERRORS = (EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN)
 
 STATE_HOLE, STATE_ZERO = 1, 2
 MAX_PAYLOAD = 32 << 20
+# far beyond what anything takes: reached only by a hang
+PATIENCE = 120
 MODES = ("simple", "structured", "extended")
 
 
@@ -122,7 +124,7 @@ class Request:
 class Client:
     """One connection. Calls block, for at most `timeout` seconds without progress."""
 
-    def __init__(self, address, timeout=60):
+    def __init__(self, address, timeout=PATIENCE):
         self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else
                                   socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         self.timeout = timeout
@@ -519,7 +521,7 @@ class Client:
         self.close()
 
 
-def connect(address, mode="structured", export="", meta=True, timeout=60):
+def connect(address, mode="structured", export="", meta=True, timeout=PATIENCE):
     """A client in the transmission phase."""
     client = Client(address, timeout)
     try:

@@ -25,7 +25,7 @@ NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
 class ServeCase(Case):
     def refused(self, *arguments, status=1, wrap=(), **options):
         """The command fails with this exit status and one line on stderr, which is returned."""
-        done = run(*wrap, BIGHT, *arguments, status=None, timeout=20, **options)
+        done = run(*wrap, BIGHT, *arguments, status=None, **options)
         self.assertEqual(done.returncode, status, f"bight {' '.join(map(str, arguments))}\n{done.stderr}")
         self.assertEqual(done.stdout, "")
         self.assertRegex(done.stderr, r"\Abight: [^\n]+\n\Z")
@@ -449,7 +449,7 @@ class Sockets(ServeCase):
                         "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:-1", "[::1:10809", "256.1.1.1:0",
                         "host.invalid:0", "", "192.0.2.1:0", "tcp:localhost:0"):
             with self.subTest(address=address):
-                done = run(BIGHT, "serve", self.image_path, "--nbd", address, status=None, timeout=20)
+                done = run(BIGHT, "serve", self.image_path, "--nbd", address, status=None)
                 self.assertIn(done.returncode, (1, 2))
                 self.assertRegex(done.stderr, r"\Abight: [^\n]+\n\Z")
 

@@ -263,6 +263,20 @@ class Fastfs(unittest.TestCase):
         wait_until(lambda: run(*command, status=None).returncode == 0, f"the end of {command[0]}")
 
 
+@contextlib.contextmanager
+def lease_break_time(seconds):
+    """The whole machine's: it is put back when the tests are interrupted, too."""
+    knob = "/proc/sys/fs/lease-break-time"
+    with harness.undo_stack() as stack:
+        before = harness.read_file(knob)
+        try:
+            harness.write_file(knob, b"%d" % seconds)
+        except OSError as error:
+            raise unittest.SkipTest(f"{knob}: {error.strerror}") from None
+        stack.callback(harness.write_file, knob, before)
+        yield
+
+
 @unittest.skipIf(os.geteuid(), "needs root")
 class Lease(harness.Case):
     """Whoever opens the image waits until it is safe, and no longer."""
@@ -349,13 +363,7 @@ class Lease(harness.Case):
 
     def test_a_stopped_process_does_not_redirect_when_it_goes_on(self):
         """The kernel waits for lease-break-time and then breaks the lease by force."""
-        try:
-            knob = "/proc/sys/fs/lease-break-time"
-            before = harness.read_file(knob)
-            harness.write_file(knob, b"2")
-        except OSError as error:
-            self.skipTest(f"{knob}: {error.strerror}")
-        self.addCleanup(lambda: harness.write_file(knob, before))
+        self.enterContext(lease_break_time(2))
         path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * 8 * M)
         with served(path) as server, server.connect() as client:
             client.read(0, 8 * M)
