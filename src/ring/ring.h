@@ -128,6 +128,10 @@ struct ring_ops {
 struct ring {
     const struct ring_ops *ops;
     unsigned nr_answered;   // requests, in this turn, by the transport: as many new ones may follow at once
+    unsigned nr_due;        // streams of requests that got their last answers in this turn
+    unsigned nr_received;   // requests that have come by them since the last wait
+    bool is_gathered;       // in this turn: they were let gather, for all of the time
+    bool is_peer_idle;      // and one who sent them has read all its answers: it waited as well
     uint64_t now_ns;        // time of the last wake-up: good enough for latencies, free to read
     int wake_fd;            // eventfd: the inbox has something
     struct ring_op *timers; // sorted by time

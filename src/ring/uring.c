@@ -125,9 +125,60 @@ static int uring_wait_for(struct uring *uring, unsigned nr, uint64_t timeout_ns)
     return io_uring_submit_and_get_events(&uring->io);
 }
 
+// Whether there is something to submit or to take. Without the flag that tells of completions the kernel
+// has to be asked each time.
+static bool uring_has_news(const struct uring *uring)
+{
+    const struct io_uring *io = &uring->io;
+
+    return io_uring_sq_ready(io) || io_uring_cq_ready(io) || !uring->has_taskrun_flag ||
+           (IO_URING_READ_ONCE(*io->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
 static bool op_is_io(const struct ring_op *op)
 {
     return op->code == RING_READ || op->code == RING_WRITE || op->code == RING_FSYNC;
+}
+
+// Requests of a deep stream that come one by one each wake us and, being answered at once, their sender: that
+// is most of what they cost. So they are let gather, for as long as it does not keep the sender waiting: one
+// that has read all its answers is idle. Where too few come, this is not done again for a while.
+static void uring_judge_gathering(struct uring *uring)
+{
+    struct ring *ring = &uring->ring;
+    bool is_enough = ring->nr_received >= URING_GATHER_MIN;
+
+    if (!uring->has_gathered)
+        return;
+    if (ring->is_peer_idle || !ring->nr_received)
+        uring->gather_ns -= uring->gather_ns / 4;
+    else if (ring->is_gathered)
+        uring->gather_ns += uring->gather_ns / (is_enough ? 8 : 1);
+    if (uring->gather_ns > URING_GATHER_MAX_NS)
+        uring->gather_ns = is_enough ? URING_GATHER_MAX_NS : 0;
+    if (uring->gather_ns < URING_GATHER_MIN_NS || (!is_enough && (ring->is_peer_idle || !ring->nr_received)))
+        uring->gather_ns = 0;
+    if (uring->gather_ns)
+        uring->nr_gather_skip_max = 0;
+    else
+        uring->nr_gather_skip_max = min_of(2 * uring->nr_gather_skip_max + 16, URING_GATHER_SKIP_MAX);
+    uring->nr_gather_skip = uring->nr_gather_skip_max;
+    uring->has_gathered = ring->is_gathered = ring->is_peer_idle = false;
+}
+
+// 0: not now. Who was not answered is not waited for: the first request after a pause is served at once.
+static uint64_t uring_gather_ns(struct uring *uring, unsigned nr_due)
+{
+    if (!nr_due)
+        return 0;
+    if (!uring->gather_ns) {
+        if (uring->nr_gather_skip) {
+            uring->nr_gather_skip--;
+            return 0;
+        }
+        uring->gather_ns = URING_GATHER_START_NS;
+    }
+    return uring->gather_ns;
 }
 
 // When all that came is done and more is due, being woken by each single completion or request would
@@ -135,21 +186,33 @@ static bool op_is_io(const struct ring_op *op)
 // kernel lets them gather without waking us. 0: no reason to wait, nothing was submitted.
 static int uring_wait_for_batch(struct uring *uring, uint64_t timeout_ns)
 {
-    unsigned nr_ios = min_of(uring->nr_io / URING_BATCH_SHARE, URING_BATCH_MAX);
-    unsigned nr_answered = uring->ring.nr_answered;
+    unsigned nr = min_of(uring->nr_io / URING_BATCH_SHARE, URING_BATCH_MAX);
+    unsigned nr_answered = uring->ring.nr_answered, nr_due = uring->ring.nr_due;
+    uint64_t batch_ns = URING_BATCH_NS;
+    bool is_gathering = false;
     int ret;
 
+    uring_judge_gathering(uring);
     uring->ring.nr_answered = 0;
-    if (uring->is_late || (nr_ios < 2 && nr_answered < URING_BATCH_SHARE))
-        return 0;
-    ret = uring_wait_for(uring, 0, 0);
-    if (ret < 0 || io_uring_cq_ready(&uring->io))
-        return ret < 0 ? ret : 1;
-    if (nr_ios < 2) {
-        nr_ios = URING_BATCH_MAX;
-        timeout_ns = min_of(timeout_ns, (uint64_t)nr_answered * URING_REQUEST_NS);
+    uring->ring.nr_due = 0;
+    if (nr < 2 && nr_answered >= URING_BATCH_SHARE) {
+        nr = URING_BATCH_MAX;
+        batch_ns = min_of(batch_ns, (uint64_t)nr_answered * URING_REQUEST_NS);
+    } else if (nr < 2 && (batch_ns = uring_gather_ns(uring, nr_due))) {
+        nr = min_of(max_of(nr_due, 2U), URING_BATCH_MAX); // one alone would end it with one request
+        is_gathering = true;
     }
-    ret = uring_wait_for(uring, nr_ios, min_of(timeout_ns, URING_BATCH_NS));
+    if (nr < 2 || !timeout_ns || uring->is_late)
+        return 0;
+    if (uring_has_news(uring)) {
+        ret = uring_wait_for(uring, 0, 0);
+        if (ret < 0 || io_uring_cq_ready(&uring->io))
+            return ret < 0 ? ret : 1;
+    }
+    ret = uring_wait_for(uring, nr, min_of(timeout_ns, batch_ns));
+    uring->has_gathered = is_gathering;
+    uring->ring.is_gathered = is_gathering && io_uring_cq_ready(&uring->io) < nr;
+    uring->ring.nr_received = 0;
     return ret ? ret : 1;
 }
 
@@ -189,14 +252,8 @@ int uring_wait(struct ring *ring, uint64_t timeout_ns)
 int uring_poll(struct ring *ring)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
-    struct io_uring *io = &uring->io;
-    int ret = 0;
 
-    // Without the flag that tells of completions the kernel has to be asked each time.
-    if (io_uring_sq_ready(io) || !uring->has_taskrun_flag ||
-        (IO_URING_READ_ONCE(*io->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)))
-        ret = uring_wait_for(uring, 0, 0);
-    return uring_dispatch(uring, ret);
+    return uring_dispatch(uring, uring_has_news(uring) ? uring_wait_for(uring, 0, 0) : 0);
 }
 
 // What was queued before is submitted before.

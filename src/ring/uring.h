@@ -21,6 +21,12 @@
 #define URING_BATCH_MAX 16
 // for requests: about what a client needs to send as many new ones as it got answers.
 #define URING_REQUEST_NS 3000
+// for the requests of a deep stream: so many at least, so long, and after failing so many answers without.
+#define URING_GATHER_MIN 4
+#define URING_GATHER_START_NS 20000
+#define URING_GATHER_MIN_NS 4000
+#define URING_GATHER_MAX_NS 200000
+#define URING_GATHER_SKIP_MAX 1024
 
 struct uring {
     struct ring ring;
@@ -29,7 +35,11 @@ struct uring {
     struct ring_op cancel_op; // what a cancellation itself ends as
     uint64_t event_count;     // where what eventfds counted goes
     unsigned nr_io;           // READ, WRITE and FSYNC in flight: completions that will come soon
-    bool is_late;             // the last wait for a batch brought nothing
+    uint64_t gather_ns;       // how long requests are let gather (uring.c); 0: not
+    unsigned nr_gather_skip;  // waits until that is tried again
+    unsigned nr_gather_skip_max;
+    bool has_gathered; // in the last wait
+    bool is_late;      // the last wait for a batch brought nothing
     bool has_buffers, has_reserved_bufs, has_taskrun_flag;
     unsigned nr_files;                // slots: of low file descriptors, and then of those in pins
     uint32_t cmd_bytes;               // room for a command's data in a submission

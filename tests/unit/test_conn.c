@@ -121,6 +121,32 @@ static void every_request_of_a_pipeline_is_answered_once(void **state)
     }
 }
 
+// Requests are let gather (ring/uring.c) while they come many at a time: none is to wait for one that never
+// comes.
+static void a_request_alone_is_answered_after_bursts(void **state)
+{
+    static const unsigned bursts[] = {64, 1, 1, 16, 1, 3, 64, 1};
+    const size_t reply_bytes = NBD_SIMPLE_REPLY_BYTES + 512;
+    struct server server = serve(state, "buffered", false);
+    struct session session;
+    size_t expected = 0;
+
+    connect_to(&server, &session, NBD_MODE_SIMPLE);
+    for (unsigned i = 0; i < 20 * ARRAY_SIZE(bursts); i++) {
+        unsigned nr = bursts[i % ARRAY_SIZE(bursts)];
+        struct wire wire = {0};
+
+        for (unsigned j = 0; j < nr; j++)
+            wire_request(&wire, false, NBD_CMD_READ, 0, j, j * 4096ULL % (256 * KiB), 512);
+        expected += nr * reply_bytes;
+        assert_true(session_send(&session, wire.bytes, wire.len));
+        assert_true(session_receive(&session, expected));
+        wire_free(&wire);
+    }
+    assert_true(session_end(&session));
+    end(&server);
+}
+
 static void how_the_stream_is_cut_makes_no_difference(void **state)
 {
     static const size_t pieces[] = {1, 7, 28, 33};
@@ -432,6 +458,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_request_of_a_pipeline_is_answered_once),
+        cmocka_unit_test(a_request_alone_is_answered_after_bursts),
         cmocka_unit_test(how_the_stream_is_cut_makes_no_difference),
         cmocka_unit_test(what_was_written_is_read_back),
         cmocka_unit_test(what_is_refused_is_answered_and_its_payload_skipped),

@@ -9,7 +9,9 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <linux/sockios.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "core/device.h"
@@ -253,7 +255,6 @@ static void conn_send_replies(struct ring_hook *hook)
         nrq->next = NULL;
         *sending_tail = nrq;
         sending_tail = &nrq->next;
-        conn->queue->ring->nr_answered++;
     }
     if (!conn->replies)
         conn->replies_tail = &conn->replies;
@@ -313,6 +314,9 @@ static void conn_sent(struct ring_op *op, int res)
         conn->sending = nrq->next;
         nbd_rq_put(conn, nrq);
     }
+    // Where a worker still has one, its result is not to wait for others to gather.
+    if (tags_nr_used(&conn->tags) == (conn->payload_rq ? 1 : 0))
+        conn->queue->ring->nr_due++;
     if (conn->replies)
         ring_defer(conn->queue->ring, &conn->reply_hook);
     conn_resume(conn);
@@ -474,6 +478,7 @@ static bool conn_take_request(struct nbd_conn *conn)
         conn->is_rx_over = true; // what is in flight is answered, then the connection is closed
         return false;
     }
+    conn->queue->ring->nr_received++;
     conn_start(conn, &request);
     return !conn->is_stalled;
 }
@@ -524,6 +529,14 @@ static void conn_drop_payload(struct nbd_conn *conn)
     }
 }
 
+// A unix socket knows what of our answers has not been read; TCP does not, and gets no patience.
+static bool conn_peer_is_idle(const struct nbd_conn *conn)
+{
+    int nr_unread_bytes;
+
+    return ioctl(conn->fd, SIOCOUTQ, &nr_unread_bytes) < 0 || !nr_unread_bytes;
+}
+
 static void conn_received(struct ring_op *op, int res)
 {
     struct nbd_conn *conn = container_of(op, struct nbd_conn, recv_op);
@@ -539,8 +552,11 @@ static void conn_received(struct ring_op *op, int res)
     } else {
         conn->rx_end += (size_t)res;
     }
-    if (res > 0)
+    if (res > 0) {
+        if (conn->queue->ring->is_gathered)
+            conn->queue->ring->is_peer_idle |= conn_peer_is_idle(conn);
         conn_parse(conn);
+    }
     conn_drop_payload(conn);
     conn_close_if_over(conn);
 }
