@@ -35,8 +35,9 @@ static struct extents *make_extents(const struct options *options, uint64_t star
     struct extents_build build = {.max_extents = 8, .known_bytes = UINT64_MAX};
 
     build.extents = calloc(1, sizeof(*build.extents) + build.max_extents * sizeof(build.extents->at[0]));
-    for (uint64_t at = start_bytes; build.extents && at < start_bytes + REGION_BYTES;
-         at += options->extent_bytes) {
+    if (!build.extents)
+        exit(EXIT_FAILURE);
+    for (uint64_t at = start_bytes; at < start_bytes + REGION_BYTES; at += options->extent_bytes) {
         struct file_extent ext = {at, options->extent_bytes, FILE_WRITTEN, 2 * at};
 
         if (extents_take(&build, &ext) < 0)

@@ -4,10 +4,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <linux/blkpg.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -15,7 +15,6 @@
 #include "util/util.h"
 
 #define MAX_PARTITIONS 256 // as many as the kernel looks for
-#define SECTOR_BYTES 512
 
 struct partition {
     int number;
@@ -77,17 +76,16 @@ static int partition_call(const struct table *table, int op, const struct partit
 
 static uint64_t read_number(const char *folder, const char *name)
 {
-    char path[700];
-    uint64_t n = 0;
+    char path[700], text[32] = "";
     FILE *file;
 
     snprintf(path, sizeof(path), "%s/%s", folder, name);
     file = fopen(path, "re");
-    if (file && fscanf(file, "%" SCNu64, &n) != 1)
-        n = 0;
+    if (file && !fgets(text, sizeof(text), file))
+        text[0] = '\0';
     if (file)
         fclose(file);
-    return n;
+    return strtoull(text, NULL, 10);
 }
 
 static bool is_same(const struct partition *a, const struct partition *b)

@@ -309,9 +309,9 @@ static void session_backend_ended(struct ring_op *op, int res);
 // A stream between two ends without a name. The front-end's end of a connection to us is none (S4).
 static bool is_socket_pair(int fd)
 {
-    struct sockaddr_un peer;
+    struct sockaddr_un peer = {.sun_family = AF_UNSPEC};
     socklen_t peer_len = sizeof(peer), type_len = sizeof(int);
-    int type;
+    int type = 0;
 
     return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &type_len) && type == SOCK_STREAM &&
            !getpeername(fd, (struct sockaddr *)&peer, &peer_len) && peer_len == sizeof(peer.sun_family) &&
