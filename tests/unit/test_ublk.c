@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/types.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -46,7 +47,7 @@ static struct fake {
     unsigned nr_paths; // commands that came with a path
     // Zero copy: a tag's pages are data of the device file, where USER_COPY has them too.
     int data_fd, buf_error;
-    unsigned nr_buf_ios, nr_reserved;
+    atomic_uint nr_buf_ios, nr_reserved; // by each queue's thread
     uint64_t fetch_addr[MAX_QUEUES][DEPTH];
 } fake;
 
