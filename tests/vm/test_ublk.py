@@ -366,6 +366,7 @@ class TestOtherKernels(GuestCase):
         # Each tag's memory was not touched: 32 of them had up to 64 KiB each.
         self.assertLess(int(re.search(r"RssAnon:\s*([0-9]+) kB", output)[1]), 1500)
 
+    @long_test
     def test_killed_workers_without_copies(self):
         guest = self.boot_with_zero_copy()
         job = guest.start(VERIFY)

@@ -4,7 +4,7 @@ import signal
 
 import guest as guest_module
 import harness
-from guest import GuestCase
+from guest import GuestCase, long_test
 from harness import BIGHT, M, need
 
 PACKED = ("-global", "vhost-user-blk-pci.packed=on")
@@ -51,6 +51,7 @@ class TestVhostUser(GuestCase):
     def test_ext4_made_loaded_trimmed_checked_on_split_rings(self):
         self.check_ext4(())
 
+    @long_test
     def test_ext4_made_loaded_trimmed_checked_on_packed_rings(self):
         self.check_ext4(PACKED)
 
@@ -126,6 +127,7 @@ class TestVhostUser(GuestCase):
     def test_server_killed_and_started_under_load(self):
         self.check_restart((), signal.SIGKILL)
 
+    @long_test
     def test_server_killed_and_started_under_load_on_packed_rings(self):
         self.check_restart(PACKED, signal.SIGKILL)
 
