@@ -320,7 +320,6 @@ static int attach_background(struct attach *attach)
         close(answer[1]);
         return attach_wait(answer[0]);
     }
-    close(answer[0]);
     // Locks and pipes of who called are not ours to keep: a script may wait for the end of them.
     close_range(STDERR_FILENO + 1, (unsigned)answer[1] - 1, 0);
     close_range((unsigned)answer[1] + 1, ~0U, 0);

@@ -66,14 +66,6 @@ static void flush_note_sync(struct device *dev, uint64_t nr_writes)
         ;
 }
 
-static void flush_end(struct rq *rq, int error)
-{
-    if (rq->ran)
-        rq->ran(rq, error);
-    else
-        rq_end(rq, error);
-}
-
 static void flush_done(struct ring_op *op, int res)
 {
     struct rq *rq = container_of(op, struct rq, ring_op);
@@ -82,7 +74,7 @@ static void flush_done(struct ring_op *op, int res)
         flush_failed(rq->queue->dev, res); // F2
     else
         res = atomic_load(&rq->queue->dev->flush_error); // one that failed meanwhile
-    flush_end(rq, res);
+    rq_ran(rq, res);
 }
 
 static void flush_fd(struct rq *rq, int fd, void (*done)(struct ring_op *op, int res))
@@ -111,7 +103,7 @@ void flush_submit(struct rq *rq)
     int error = atomic_load_explicit(&dev->flush_error, memory_order_relaxed);
 
     if (error || dev->durability.flush == FLUSH_NOTHING) {
-        flush_end(rq, error);
+        rq_ran(rq, error);
     } else if (dev->durability.flush == FLUSH_FDATASYNC) {
         flush_fd(rq, dev->image->fd, flush_done);
     } else {

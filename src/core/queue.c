@@ -136,7 +136,7 @@ int rq_need_memory(struct rq *rq)
     return give_memory(rq);
 }
 
-static void rq_ran(struct rq *rq, int error)
+void rq_ran(struct rq *rq, int error)
 {
     if (rq->ran)
         rq->ran(rq, error);

@@ -67,6 +67,9 @@ void rq_cut_part(struct rq *rq, uint64_t len_bytes);
 // READ, WRITE: goes through map and io from done_bytes up to run_bytes, then calls ran(). For write-back.
 void rq_run(struct rq *rq, uint64_t run_bytes, void (*ran)(struct rq *rq, int error));
 
+// The lower layers are done with it: ends with rq->ran() where that is set, else with rq_end().
+void rq_ran(struct rq *rq, int error);
+
 // For who looks at the data, or has it moved otherwise than through the ring: there is memory behind iov when
 // it comes back. 0 or a negative errno to end with. Queue's thread.
 int rq_need_memory(struct rq *rq);
