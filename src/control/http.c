@@ -1,5 +1,6 @@
 #include "control/http.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <microhttpd.h>
 #include <poll.h>
@@ -11,9 +12,21 @@
 #include "transport/nbd/listen.h"
 #include "util/util.h"
 
+#define LIBRARY "libmicrohttpd.so.12"
 #define MAX_CONNECTIONS 32
 #define TIMEOUT_SEC 10
 #define LOOK_NS NSEC_PER_SEC // for its time-outs
+
+// Loaded where --metrics is asked for: the library brings GnuTLS and eight more, and their relocations and
+// constructors were half of the time that any bight took to start (bench/NOTES.md).
+#define FUNCTIONS(of)                                                                            \
+    of(start_daemon) of(stop_daemon) of(run) of(get_daemon_info) of(create_response_from_buffer) \
+        of(add_response_header) of(queue_response) of(destroy_response)
+#define POINTER(name) __typeof__(MHD_##name) *name;
+#define LOOK_UP(name) &&(mhd.name = (__typeof__(mhd.name))dlsym(library, "MHD_" #name))
+static struct {
+    FUNCTIONS(POINTER)
+} mhd;
 
 struct http {
     struct MHD_Daemon *daemon;
@@ -27,19 +40,19 @@ struct http {
 static enum MHD_Result http_send(struct MHD_Connection *connection, unsigned status, char *text)
 {
     struct MHD_Response *response =
-        MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
+        mhd.create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
     enum MHD_Result ret;
 
     if (!response) {
         free(text);
         return MHD_NO;
     }
-    MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE,
+    mhd.add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE,
                             status == MHD_HTTP_OK
                                 ? "application/openmetrics-text; version=1.0.0; charset=utf-8"
                                 : "text/plain");
-    ret = MHD_queue_response(connection, status, response);
-    MHD_destroy_response(response);
+    ret = mhd.queue_response(connection, status, response);
+    mhd.destroy_response(response);
     return ret;
 }
 
@@ -68,7 +81,7 @@ static void http_ready(struct ring_op *op, int res)
     (void)res;
     if (http->is_stopping)
         return;
-    MHD_run(http->daemon);
+    mhd.run(http->daemon);
     ring_queue(http->ring, op);
 }
 
@@ -77,9 +90,16 @@ static void http_look(struct ring_op *op, int res)
     struct http *http = container_of(op, struct http, timer_op);
 
     (void)res;
-    MHD_run(http->daemon);
+    mhd.run(http->daemon);
     op->timeout_ns = LOOK_NS;
     ring_queue(http->ring, op);
+}
+
+static bool http_load(void)
+{
+    void *library = dlopen(LIBRARY, RTLD_NOW);
+
+    return library FUNCTIONS(LOOK_UP);
 }
 
 int http_listen(const char *addr, struct err *err)
@@ -91,16 +111,20 @@ int http_start(struct http **http_out, int fd, struct ring *ring, struct device 
 {
     struct http *http = calloc(1, sizeof(*http));
     const union MHD_DaemonInfo *info;
-    int own_fd = dup(fd);
+    int own_fd = dup(fd), ret = err_set(err, -EIO, "--metrics: the HTTP server does not start; leave it out");
 
     if (!http || own_fd < 0)
         goto out;
+    if (!http_load()) {
+        ret = err_set(err, -ENOENT, "--metrics: %s: install it (Debian: libmicrohttpd12)", dlerror());
+        goto out;
+    }
     http->dev = dev;
     http->ring = ring;
-    http->daemon = MHD_start_daemon(MHD_USE_EPOLL, 0, NULL, NULL, http_answer, http, MHD_OPTION_LISTEN_SOCKET,
+    http->daemon = mhd.start_daemon(MHD_USE_EPOLL, 0, NULL, NULL, http_answer, http, MHD_OPTION_LISTEN_SOCKET,
                                     own_fd, MHD_OPTION_CONNECTION_LIMIT, (unsigned)MAX_CONNECTIONS,
                                     MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)TIMEOUT_SEC, MHD_OPTION_END);
-    info = http->daemon ? MHD_get_daemon_info(http->daemon, MHD_DAEMON_INFO_EPOLL_FD) : NULL;
+    info = http->daemon ? mhd.get_daemon_info(http->daemon, MHD_DAEMON_INFO_EPOLL_FD) : NULL;
     if (!info)
         goto out;
     http->epoll_fd = info->epoll_fd;
@@ -115,7 +139,7 @@ out:
     if (own_fd >= 0)
         close(own_fd);
     free(http);
-    return err_set(err, -EIO, "--metrics: the HTTP server does not start; leave it out");
+    return ret;
 }
 
 void http_stop(struct http *http)
@@ -126,6 +150,6 @@ void http_stop(struct http *http)
 
 void http_destroy(struct http *http)
 {
-    MHD_stop_daemon(http->daemon);
+    mhd.stop_daemon(http->daemon);
     free(http);
 }

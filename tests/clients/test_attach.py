@@ -397,6 +397,15 @@ class Changes(Attached):
         with self.assertRaises(urllib.error.HTTPError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/other", timeout=harness.PATIENCE)
 
+    def test_only_metrics_need_the_http_library(self):
+        with open(self.path("libmicrohttpd.so.12"), "wb"):
+            pass
+        args = ("attach", self.image(size=M, name="m.img"), "--nbd", f"unix:{self.sock('m')}")
+        env = {**self.env(), "LD_LIBRARY_PATH": self.dir}
+        done = harness.run(harness.BIGHT, *args, "--metrics", "127.0.0.1:0", env=env, status=1)
+        self.assertRegex(done.stderr, r"^bight: --metrics: [^\n]*libmicrohttpd.so.12[^\n]*install it[^\n]*\n$")
+        harness.run(harness.BIGHT, *args, env=env)
+
 
 class Users(Attached):
     def test_detach_while_in_use_names_who(self):
