@@ -5,14 +5,12 @@
 #include <string.h>
 
 #include "control/client.h"
-#include "control/node.h"
 #include "transport/transport.h"
 #include "util/util.h"
 
 // As transport_hold() had it, but for the file descriptor, which went with the process.
-static void clean_transport(struct json_object *object, const char *device)
+static void clean_transport(struct json_object *object)
 {
-    struct err err = {.line = ""};
     const char *name = client_string(object, "transport"), *addr = client_string(object, "address");
     struct transport_hold hold = {.addr = addr, .fd = -1};
     struct json_object *facts;
@@ -28,8 +26,6 @@ static void clean_transport(struct json_object *object, const char *device)
             hold.facts[i] = json_object_get_uint64(json_object_array_get_idx(facts, i));
     }
     hold.ops->release(&hold);
-    if (node_is_there(device, addr) && loop_detach(device, true, &err) < 0)
-        log_line("%s", err.line);
 }
 
 int clean_dead(struct state *state, struct err *err)
@@ -42,7 +38,7 @@ int clean_dead(struct state *state, struct err *err)
     if (object && json_object_object_get_ex(object, "transports", &transports) &&
         json_object_is_type(transports, json_type_array)) {
         for (size_t i = 0; i < json_object_array_length(transports); i++)
-            clean_transport(json_object_array_get_idx(transports, i), client_string(object, "device"));
+            clean_transport(json_object_array_get_idx(transports, i));
     }
     json_object_put(object);
     state_remove(state);

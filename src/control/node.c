@@ -118,6 +118,5 @@ bool node_is_there(const char *device, const char *path)
 {
     char backing[PATH_MAX];
 
-    // "PATH (deleted)" where the mount has gone.
-    return !loop_backing_file(device, backing, sizeof(backing)) && !strncmp(backing, path, strlen(path));
+    return !loop_backing_file(device, backing, sizeof(backing)) && !strcmp(backing, path);
 }

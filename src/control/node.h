@@ -27,5 +27,5 @@ struct node {
 void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int error, const struct err *err),
              void *arg);
 
-// Whether the device is still on the file at path.
+// Whether the device is still on the file at path, which is mounted.
 bool node_is_there(const char *device, const char *path);

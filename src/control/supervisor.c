@@ -210,19 +210,6 @@ static void worker_stopping(struct worker *worker)
         http_stop(attached->http);
 }
 
-// A loop device of a worker that could not take it off goes when nobody has it open.
-static void supervisor_release(struct supervisor *supervisor)
-{
-    const struct supervisor_options *options = supervisor->options;
-    const char *device = supervisor->facts.device;
-    struct err err = {.line = ""};
-
-    transports_release(options->holds);
-    if (options->node_path && node_is_there(device, options->node_path) &&
-        loop_detach(device, true, &err) < 0)
-        log_line("%s", err.line);
-}
-
 static void worker_stopped(struct worker *worker, int error, const struct err *err)
 {
     struct attached *attached = worker->options->arg;
@@ -233,7 +220,7 @@ static void worker_stopped(struct worker *worker, int error, const struct err *e
     control_end(&attached->control, error, err);
     if (getppid() == supervisor->facts.supervisor_pid)
         return;
-    supervisor_release(supervisor); // P5
+    transports_release(supervisor->options->holds); // P5
     state_remove(supervisor->options->dir);
 }
 
@@ -441,7 +428,7 @@ static void supervisor_give_up(struct supervisor *supervisor, const char *why)
     snprintf(reason, sizeof(reason), "%s", why);
     memcpy(supervisor->facts.reason, reason, sizeof(reason));
     log_line("%s: %s; given up: detach it, and attach it again", supervisor->options->dir->name, reason);
-    supervisor_release(supervisor); // P4
+    transports_release(supervisor->options->holds); // P4
     if (supervisor->image_fd >= 0)
         close(supervisor->image_fd);
     supervisor->image_fd = -1;
@@ -672,12 +659,12 @@ int supervisor_run(const struct supervisor_options *options, struct err *err)
     if (!ret)
         ret = supervisor_start_worker(&supervisor);
     if (ret < 0) {
-        supervisor_release(&supervisor);
+        transports_release(options->holds);
         *err = supervisor.err;
         return ret;
     }
     supervisor_loop(&supervisor);
-    supervisor_release(&supervisor);
+    transports_release(options->holds);
     munmap(supervisor.stats, supervisor.stats_bytes);
     if (!supervisor.is_ready)
         *err = supervisor.err;

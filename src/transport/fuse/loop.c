@@ -133,6 +133,24 @@ int loop_backing_file(const char *device, char *path, size_t path_bytes)
     return 0;
 }
 
+unsigned loop_find(const char *path, char (*devices)[LOOP_DEVICE_BYTES], unsigned max)
+{
+    DIR *dir = opendir("/sys/block");
+    char backing[PATH_MAX];
+    struct dirent *entry;
+    unsigned nr = 0;
+
+    while (dir && nr < max && (entry = readdir(dir))) {
+        if (strncmp(entry->d_name, "loop", 4) || strlen(entry->d_name) >= LOOP_DEVICE_BYTES - 5 ||
+            loop_backing_file(entry->d_name, backing, sizeof(backing)) < 0 || strcmp(backing, path))
+            continue;
+        snprintf(devices[nr++], LOOP_DEVICE_BYTES, "/dev/%.20s", entry->d_name);
+    }
+    if (dir)
+        closedir(dir);
+    return nr;
+}
+
 // ---- Who has it
 
 struct holders {

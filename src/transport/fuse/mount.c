@@ -5,6 +5,9 @@
 //      So there is one way to unmount, and it is always gone.
 //  M2. The guard is born before the mount and has nothing else open: it keeps no connection alive.
 //  M3. What is unmounted is ours: the last mount at the path, of our type.
+//  M4. Loop devices are known by the path of their file, which they lose when it is unmounted: they are
+//  looked
+//      for before that, and taken off after it, when what they still want to write fails at once.
 
 #include "transport/fuse/mount.h"
 
@@ -26,10 +29,12 @@
 #include <unistd.h>
 
 #include "transport/fuse/fuse.h"
+#include "transport/fuse/loop.h"
 #include "util/util.h"
 
 #define MOUNT_TYPE "fuse.bight"
 #define INIT_TIMEOUT_MS 10000
+#define MAX_LOOPS 16 // on one file; ours is one
 
 // Whether the last mount at the path is one of ours.
 static bool mount_is_ours(const char *path)
@@ -48,17 +53,32 @@ static bool mount_is_ours(const char *path)
     return is_ours;
 }
 
-// M3. MNT_FORCE aborts the connection: who waits for an answer gets an error instead of waiting for ever.
-static void mount_undo(const char *path)
+static void mount_undo_by_helper(const char *path)
 {
     char *argv[] = {(char[]){"fusermount3"}, (char[]){"-uqz"}, (char[]){"--"}, NULL, NULL}, *env[] = {NULL};
     pid_t pid;
 
-    if (!mount_is_ours(path) || !umount2(path, MNT_FORCE | MNT_DETACH) || errno != EPERM)
-        return;
     argv[3] = (char *)(uintptr_t)path;
     if (!posix_spawnp(&pid, argv[0], NULL, NULL, argv, env))
         waitpid(pid, NULL, 0);
+}
+
+// M3. MNT_FORCE aborts the connection: who waits for an answer gets an error instead of waiting for ever.
+static void mount_undo(const char *path)
+{
+    char loops[MAX_LOOPS][LOOP_DEVICE_BYTES];
+    unsigned nr_loops;
+    struct err err;
+
+    if (!mount_is_ours(path))
+        return;
+    nr_loops = geteuid() ? 0 : loop_find(path, loops, MAX_LOOPS); // M4
+    if (umount2(path, MNT_FORCE | MNT_DETACH) < 0 && errno == EPERM)
+        mount_undo_by_helper(path);
+    while (nr_loops--) {
+        if (loop_detach(loops[nr_loops], true, &err) < 0)
+            log_line("%s", err.line);
+    }
 }
 
 // ---- The guard
@@ -366,4 +386,5 @@ void fuse_release(struct transport_hold *hold)
     }
     close(hold->fd);
     guard_end(hold);
+    mount_undo(hold->addr); // the guard may have been killed
 }
