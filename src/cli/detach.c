@@ -1,8 +1,11 @@
 // bight detach: ends attached devices, and cleans up after dead ones.
 
 #include <errno.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/ask.h"
 #include "cli/cli.h"
@@ -20,10 +23,14 @@ static const char detach_help[] =
     "\n"
     "  --all                every attached device\n"
     "  --lazy               when its last user is done, without waiting for that\n"
-    "  --force              also while it is in use: its users get errors\n"
+    "  --force              also while it is in use: its users get errors; also when it does not answer\n"
     "  -h, --help\n"
     "\n"
     "See bight-detach(1).\n";
+
+#define HUNG_SEC 10 // without a word, when it is to end by force
+#define KILL_SEC 5
+#define KILL_PAUSE_US 10000
 
 enum { FLAG_ALL, FLAG_LAZY, FLAG_FORCE, FLAG_NR };
 
@@ -42,10 +49,80 @@ static int detach_alive(const struct state *state, const bool flags[FLAG_NR], st
     answer = client_ask(&client, request, err);
     if (client.has_ended) // with an error or without; a lazy one may have to wait
         state_wait_dead(state);
-    ret = answer ? 0 : client.has_answered ? -EBUSY : -ECONNRESET;
+    ret = answer ? 0 : client.has_answered ? -EBUSY : client.has_timed_out ? -ETIMEDOUT : -ECONNRESET;
     client_close(&client);
     json_object_put(answer);
     return ret;
+}
+
+// "show" waits for nothing.
+static bool is_hung(const struct state *state)
+{
+    struct err err = {.line = ""};
+    struct client client;
+    bool has_timed_out;
+
+    if (client_open(&client, state, &err) < 0)
+        return false;
+    client_set_patience(&client, HUNG_SEC);
+    json_object_put(client_ask(&client, client_request("show"), &err));
+    has_timed_out = client.has_timed_out;
+    client_close(&client);
+    return has_timed_out;
+}
+
+// A process of the device that the state file names, if it is one still.
+static void kill_ours(const struct state *state, struct json_object *object, const char *key, int signal)
+{
+    pid_t pid = (pid_t)json_object_get_int(json_object_object_get(object, key));
+    char path[64], name[32] = "", title[32];
+    FILE *file;
+
+    if (pid <= 1)
+        return;
+    snprintf(path, sizeof(path), "/proc/%d/comm", (int)pid);
+    snprintf(title, sizeof(title), "bight:%.9s\n", state->name); // supervisor_run() says so
+    file = fopen(path, "re");
+    if (!file)
+        return;
+    if (fgets(name, sizeof(name), file) && !strcmp(name, title))
+        kill(pid, signal);
+    fclose(file);
+}
+
+static bool wait_dead(const struct state *state)
+{
+    for (unsigned i = 0; i < KILL_SEC * 1000000 / KILL_PAUSE_US; i++) {
+        if (state_take_dead(state))
+            return true;
+        usleep(KILL_PAUSE_US);
+    }
+    return false;
+}
+
+// The supervisor ends its worker and lets go of what it holds; without one, or if it hangs as well, we do.
+static int detach_killed(struct state *state, struct err *err)
+{
+    char *text = state_read(state, "state");
+    struct json_object *object = text ? json_tokener_parse(text) : NULL;
+    bool is_dead;
+
+    free(text);
+    kill_ours(state, object, "pid", SIGQUIT);
+    is_dead = wait_dead(state);
+    if (!is_dead) {
+        kill_ours(state, object, "pid", SIGKILL);
+        kill_ours(state, object, "worker_pid", SIGKILL);
+        is_dead = wait_dead(state);
+    }
+    json_object_put(object);
+    if (!is_dead)
+        return err_set(err, -EBUSY,
+                       "%s: hangs, and was killed, but does not end: its image's disk may not answer",
+                       state->name);
+    clean_dead(state, err);
+    return err_set(err, -EIO, "%s: did not answer, and was killed; what was written last may be lost",
+                   state->name);
 }
 
 static int detach_one(struct state *state, const bool flags[FLAG_NR], struct err *err)
@@ -54,7 +131,11 @@ static int detach_one(struct state *state, const bool flags[FLAG_NR], struct err
 
     if (state_take_dead(state))
         return clean_dead(state, err);
+    if (flags[FLAG_FORCE] && is_hung(state))
+        return detach_killed(state, err);
     ret = detach_alive(state, flags, err);
+    if (ret == -ETIMEDOUT && flags[FLAG_FORCE])
+        return detach_killed(state, err);
     // It has died meanwhile, or was about to. What it has answered stands.
     if (ret < 0 && ret != -EBUSY && state_take_dead(state))
         return clean_dead(state, err);

@@ -20,15 +20,13 @@
 
 int client_open(struct client *client, const struct state *state, struct err *err)
 {
-    struct timeval patience = {.tv_sec = PATIENCE_SEC};
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
     int ret;
 
     *client = (struct client){.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
     if (client->fd < 0)
         return err_set(err, -errno, "socket: %s", strerror(errno));
-    setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
-    setsockopt(client->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+    client_set_patience(client, PATIENCE_SEC);
     // By way of the directory, whose own path may be too long for this.
     snprintf(sun.sun_path, sizeof(sun.sun_path), "/proc/self/fd/%d/control", state->fd);
     if (connect(client->fd, (struct sockaddr *)&sun, sizeof(sun)) < 0) {
@@ -37,6 +35,14 @@ int client_open(struct client *client, const struct state *state, struct err *er
         return ret;
     }
     return 0;
+}
+
+void client_set_patience(struct client *client, unsigned seconds)
+{
+    struct timeval patience = {.tv_sec = seconds};
+
+    setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+    setsockopt(client->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
 }
 
 void client_close(struct client *client)
@@ -85,6 +91,7 @@ static char *client_line(struct client *client)
         n = recv(client->fd, client->in + client->in_len, ANSWER_MAX_BYTES - client->in_len, 0);
         if (n < 0 && errno == EINTR)
             continue;
+        client->has_timed_out = n < 0 && errno == EAGAIN;
         if (n <= 0)
             return NULL;
         client->in_len += (size_t)n;
@@ -137,7 +144,6 @@ const char *client_string(struct json_object *object, const char *key)
 
 struct json_object *client_describe(const struct state *state, struct err *err)
 {
-    struct timeval patience = {.tv_sec = DESCRIBE_SEC};
     const char *how = "starting";
     struct json_object *object;
     struct client client;
@@ -145,7 +151,7 @@ struct json_object *client_describe(const struct state *state, struct err *err)
     char *text;
 
     if (state_is_alive(state) && !client_open(&client, state, err)) {
-        setsockopt(client.fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+        client_set_patience(&client, DESCRIBE_SEC);
         object = client_ask(&client, client_request("show"), err);
         client_close(&client);
         if (object)

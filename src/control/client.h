@@ -9,13 +9,17 @@ struct client {
     int fd;
     char *in;
     size_t in_len;
-    bool has_answered; // if only that it refuses
-    bool has_ended;    // and that was its last word
+    bool has_answered;  // if only that it refuses
+    bool has_ended;     // and that was its last word
+    bool has_timed_out; // it has neither answered nor closed
 };
 
 // -ECONNREFUSED: nobody answers there. 0, or a negative errno with err set.
 int client_open(struct client *client, const struct state *state, struct err *err);
 void client_close(struct client *client);
+
+// How long client_ask() waits from now on.
+void client_set_patience(struct client *client, unsigned seconds);
 
 // request: an object with a verb, taken over. The answer, or NULL with err set: it was refused, or none
 // came.

@@ -561,8 +561,8 @@ static void supervisor_signalled(struct supervisor *supervisor)
     while (read(supervisor->signal_fd, &info, sizeof(info)) == sizeof(info)) {
         if (info.ssi_signo == SIGCHLD)
             supervisor_bury(supervisor);
-        else if (supervisor->pid)
-            kill(supervisor->pid, (int)info.ssi_signo);
+        else if (supervisor->pid) // SIGQUIT: by force, for one that hangs
+            kill(supervisor->pid, info.ssi_signo == SIGQUIT ? SIGKILL : (int)info.ssi_signo);
         if (info.ssi_signo != SIGCHLD && info.ssi_signo != SIGUSR1)
             supervisor->is_stopping = true; // also when the worker is dead at this moment
     }
@@ -604,6 +604,7 @@ static int supervisor_catch_signals(struct supervisor *supervisor)
     worker_block_signals();
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGQUIT);
     sigprocmask(SIG_BLOCK, &set, NULL);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);

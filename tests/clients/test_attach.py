@@ -534,6 +534,25 @@ class Deaths(Attached):
         self.assertEqual(listed["other"]["state"], "running")
         harness.wait_until(lambda: self.show("disk")["state"] == "running", "another worker")
 
+    def test_force_kills_who_does_not_answer(self):
+        """A worker; a worker and its supervisor; a worker without one."""
+        cases = {"a": (("worker_pid",), ()), "b": (("pid", "worker_pid"), ()), "c": (("worker_pid",), ("pid",))}
+        for name, (stopped, killed) in cases.items():
+            self.attach(self.image(size=M, name=name), "--nbd", f"unix:{self.sock(name)}")
+            shown = self.show(name)
+            for key in stopped:
+                os.kill(shown[key], signal.SIGSTOP)
+            self.kill(*[shown[key] for key in killed])
+        begin = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for name, done in zip(cases, pool.map(lambda name: harness.run(harness.BIGHT, "detach", "--force", name,
+                                                                           status=None, env=self.env()), cases)):
+                self.assertEqual(done.stderr, f"bight: {name}: did not answer, and was killed; "
+                                              "what was written last may be lost\n")
+                self.assertEqual(done.returncode, 1)
+        self.assertLess(time.monotonic() - begin, 60)
+        self.assertEqual(os.listdir(self.run_dir) + os.listdir(self.path("socks")), ["disk", "sock"])
+
     def test_a_name_of_the_dead_is_free(self):
         image = self.image(size=M, name="x.img")
         self.attach(image, "--name", "x", "--nbd", f"unix:{self.sock('x')}")
