@@ -420,6 +420,19 @@ class BlockSize(harness.Case):
                     client.go("", ())
                     self.assertIn(raw.INFO_BLOCK_SIZE, client.info)
 
+    def test_block_status_is_of_whole_blocks_at_any_offset(self):
+        image = self.image(size=M)
+        with open(image, "r+b") as file:
+            file.seek(40 * K)
+            file.write(b"x" * 4 * K)
+        for offset, size in ((100, 512), (512, 4096), (1000, 4096)):
+            with harness.Server(image, args=["--offset", offset, "--block-size", size]) as server:
+                for mode in raw.MODES[1:]:
+                    with self.subTest(offset=offset, size=size, mode=mode), server.connect(mode) as client:
+                        extents = client.allocation()  # checks the lengths
+                        data = [(at, at + length) for at, length, flags in extents if not flags]
+                        self.assertTrue(any(begin <= 40 * K - offset and end >= 44 * K - offset for begin, end in data))
+
 
 if __name__ == "__main__":
     unittest.main()

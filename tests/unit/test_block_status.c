@@ -36,12 +36,13 @@ static const struct map_ops steps_ops = {.name = "steps", .extent = steps_extent
 
 static struct extent exts[16];
 static unsigned nr_exts;
+static uint32_t block_bytes = 1;
 
 static int status(uint64_t offset, uint64_t len, unsigned max, unsigned flags)
 {
     struct map map = {.ops = &steps_ops};
     struct device dev = {.map = &map};
-    struct queue queue = {.dev = &dev};
+    struct queue queue = {.dev = &dev, .limits.min_block_bytes = block_bytes};
     struct iovec iov = {exts, max * sizeof(exts[0])};
     struct rq rq = {.op = REQ_OP_BLOCK_STATUS,
                     .flags = (uint8_t)flags,
@@ -92,6 +93,27 @@ static void the_range_asked_for_is_kept_to_the_byte(void **state)
     assert_int_equal(status(2 * STEP + 5, 1, 16, 0), 0);
     assert_int_equal(nr_exts, 1);
     expect(0, EXTENT_HOLE, 2 * STEP + 5, 1);
+}
+
+static void extents_are_made_of_whole_blocks(void **state)
+{
+    (void)state;
+    error_at = -1;
+    block_bytes = 4 * STEP;
+    layout = "HHHHHHMMMHHHHHHHHUUUUUUUHUUUHHHH";
+    assert_int_equal(status(0, 32 * STEP, 16, 0), 0);
+    assert_int_equal(nr_exts, 7);
+    expect(0, EXTENT_HOLE, 0, 4 * STEP);
+    expect(1, EXTENT_MAPPED, 4 * STEP, 8 * STEP); // two blocks with a hole in each
+    expect(2, EXTENT_HOLE, 12 * STEP, 4 * STEP);
+    expect(3, EXTENT_MAPPED, 16 * STEP, 4 * STEP); // hole and unwritten
+    expect(4, EXTENT_UNWRITTEN, 20 * STEP, 4 * STEP);
+    expect(5, EXTENT_MAPPED, 24 * STEP, 4 * STEP);
+    expect(6, EXTENT_HOLE, 28 * STEP, 4 * STEP);
+    assert_int_equal(status(4 * STEP, 8 * STEP, 16, RQ_ONE_EXTENT), 0);
+    assert_int_equal(nr_exts, 1);
+    expect(0, EXTENT_MAPPED, 4 * STEP, 8 * STEP);
+    block_bytes = 1;
 }
 
 static void one_extent_is_whole_when_only_one_is_wanted(void **state)
@@ -161,6 +183,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(neighbours_in_the_same_state_are_one_extent),
         cmocka_unit_test(the_range_asked_for_is_kept_to_the_byte),
+        cmocka_unit_test(extents_are_made_of_whole_blocks),
         cmocka_unit_test(one_extent_is_whole_when_only_one_is_wanted),
         cmocka_unit_test(no_more_are_told_than_there_is_room_for),
         cmocka_unit_test(an_error_of_the_map_is_the_answer),
