@@ -171,7 +171,7 @@ struct asked_list session_number(uint8_t *bytes, size_t len, enum nbd_mode mode)
         be_put64(bytes + 8, list.nr_asked);
         asked->offset = be_get64(bytes + 16);
         asked->len = is_extended ? be_get64(bytes + 24) : be_get32(bytes + 24);
-        if (asked->type == NBD_CMD_DISC && !(asked->flags & ~NBD_CMD_FLAG_FUA))
+        if (asked->type == NBD_CMD_DISC)
             break;
         payload = asked->type == NBD_CMD_WRITE || (is_extended && asked->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
                       ? asked->len

@@ -474,8 +474,9 @@ static bool conn_take_request(struct nbd_conn *conn)
         conn_hang_up(conn);
         return false;
     }
-    if (request.type == NBD_CMD_DISC && !request.error) {
-        conn->is_rx_over = true; // what is in flight is answered, then the connection is closed
+    if (request.type == NBD_CMD_DISC) { // with whatever flags: it has no reply
+        // What is in flight is answered, then the connection is closed.
+        conn->is_rx_over = true;
         return false;
     }
     conn->queue->ring->nr_received++;
