@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 
 const struct transport_ops *const transport_table[TRANSPORT_NR] = {
     &nbd_transport_ops,
@@ -12,15 +13,33 @@ const struct transport_ops *const transport_table[TRANSPORT_NR] = {
     &fuse_transport_ops,
 };
 
+static bool is_listening(int fd)
+{
+    int is_on = 0, type = 0;
+    socklen_t len = sizeof(int);
+
+    return !getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &is_on, &len) && is_on &&
+           !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_STREAM;
+}
+
 int transports_hold(struct transport_holds *holds, const struct transport_addrs *addrs, const int *listen_fds,
                     unsigned nr_listen_fds, const struct transport_hold_options *options, struct err *err)
 {
     unsigned nr = nr_listen_fds;
     int ret;
 
+    *holds = (struct transport_holds){0};
+    // First: a number that is not open would soon be that of something else.
+    for (unsigned i = 0; i < nr_listen_fds; i++) {
+        if (!is_listening(listen_fds[i]))
+            return err_set(
+                err, -EINVAL,
+                "LISTEN_FDS: file descriptor %d is no listening stream socket; pass only such ones",
+                listen_fds[i]);
+    }
     for (unsigned i = 0; i < TRANSPORT_NR; i++)
         nr += addrs[i].nr_addrs;
-    *holds = (struct transport_holds){.holds = calloc(nr, sizeof(*holds->holds))};
+    holds->holds = calloc(nr, sizeof(*holds->holds));
     if (nr && !holds->holds)
         return err_set(err, -ENOMEM, "out of memory");
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {

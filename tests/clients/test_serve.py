@@ -557,6 +557,26 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
         self.refused("serve", self.image(size=SIZE), status=2, wrap=options["wrap"], pass_fds=options["pass_fds"],
                      env=os.environ | {"WRONG": "1"})
 
+    def test_what_is_no_listening_socket_is_refused(self):
+        image = self.image(size=SIZE)
+        one, two = self.listeners()
+        deaf, datagram = (self.enterContext(socket.socket(socket.AF_UNIX, kind))
+                          for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM))
+        deaf.bind(self.path("deaf"))
+        datagram.bind(self.path("datagram"))
+        connected, _ = (self.enterContext(end) for end in socket.socketpair())
+        with open(image, "rb") as file:
+            for wrong in (deaf, datagram, connected, file):
+                options = self.activate(one, wrong, two)
+                self.assertIn("descriptor 4", self.refused("serve", image, "--nbd", f"unix:{self.path('sock')}",
+                                                           wrap=options["wrap"], pass_fds=options["pass_fds"]))
+        self.assertFalse(os.path.exists(self.path("sock")))
+
+    def test_sockets_that_are_promised_and_not_passed_are_refused(self):
+        script = 'exec 3<&- 4<&-; LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"'
+        self.assertIn("descriptor 3", self.refused("serve", self.image(size=SIZE), "--nbd", f"unix:{self.path('sock')}",
+                                                   wrap=["/bin/sh", "-c", script, "sh"]))
+
     def notifications(self, server):
         found = []
         while lines := server.notified():
