@@ -89,6 +89,7 @@ static void describe_writeback(struct json_object *object, const struct device *
     add_uint(object, "writeback_map_calls", stats.nr_map_calls);
     add_uint(object, "writeback_allocated_bytes", stats.allocated_bytes);
     add_uint(object, "writeback_throttled", stats.nr_throttled);
+    add_uint(object, "writeback_passed", stats.nr_passed);
 }
 
 static void describe_device(struct json_object *object, const struct device *dev)

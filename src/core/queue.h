@@ -34,6 +34,7 @@ struct queue {
     bool is_barrier_due;
     struct queue_stats *stats;
     struct plug plug;
+    uint64_t write_end_bytes; // write-back's: of the last WRITE
 
     // Messages from other threads (lifecycle.c).
     struct ring_op freeze_op, unfreeze_op, barrier_op, stop_op;

@@ -96,11 +96,12 @@ void stats_print(const struct device *dev, FILE *file)
                 "bight: %s: writeback: %" PRIu64 " of %" PRIu64 " bytes used, %" PRIu64 " dirty, %" PRIu64
                 " delayed, %" PRIu64 " reserved, %" PRIu64 " failed; %" PRIu64 " written, %" PRIu64
                 " a second, by %" PRIu64 " writes; %" PRIu64 " allocated, %" PRIu64 " runs, %" PRIu64
-                " calls of the map; %" PRIu64 " times throttled\n",
+                " calls of the map; %" PRIu64 " times throttled, %" PRIu64 " past the cache\n",
                 dev->name, writeback.used_bytes, writeback.size_bytes, writeback.dirty_bytes,
                 writeback.delayed_bytes, writeback.reserved_bytes, writeback.failed_bytes,
                 writeback.written_bytes, writeback.bytes_per_s, writeback.nr_writes,
-                writeback.allocated_bytes, writeback.nr_runs, writeback.nr_map_calls, writeback.nr_throttled);
+                writeback.allocated_bytes, writeback.nr_runs, writeback.nr_map_calls, writeback.nr_throttled,
+                writeback.nr_passed);
     for (unsigned i = 0; i < REQ_OP_NR; i++) {
         const struct op_stats *op = &sum.op[i];
 

@@ -124,7 +124,7 @@ static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t
 
         if (!is_whole)
             known = known == PLACE_EMPTY ? PLACE_HOLES : known;
-        else
+        else if (known != PLACE_WRITTEN)
             known = known == PLACE_EMPTY || known == PLACE_FRESH ? PLACE_FRESH : PLACE_FULL;
         if (known != PLACE_UNKNOWN) // A1: to be looked up
             atomic_store(place, known);
@@ -133,13 +133,23 @@ static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t
     return is_current;
 }
 
-bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end)
+static bool places_are(struct delalloc *delalloc, uint64_t start, uint64_t end, enum place known)
 {
     for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
-        if (atomic_load(delalloc_place(delalloc, at)) != PLACE_FRESH)
+        if (atomic_load(delalloc_place(delalloc, at)) != known)
             return false;
     }
     return true;
+}
+
+bool delalloc_is_full(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    return places_are(delalloc, start, end, PLACE_FULL);
+}
+
+bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    return places_are(delalloc, start, end, PLACE_FRESH);
 }
 
 uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
@@ -149,7 +159,7 @@ uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
     for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         uint8_t fresh = PLACE_FRESH;
 
-        if (atomic_compare_exchange_strong(delalloc_place(delalloc, at), &fresh, PLACE_FULL))
+        if (atomic_compare_exchange_strong(delalloc_place(delalloc, at), &fresh, PLACE_WRITTEN))
             fresh_end = place_next(delalloc, at);
     }
     return max_of(end, fresh_end);

@@ -7,8 +7,9 @@
 //      for its own metadata. It is asked again before promises that were kept are given back.
 //  A3. What is known changes to "takes no space" before a hole is punched, and from "takes space" never
 //      the other way round behind a punch that came meanwhile (nr_punches).
-//  A4. FRESH: allocated, and nothing was ever written there. Only write-back writes below, by one thread
-//      at a time, so what is FRESH reads as zeroes until that thread says otherwise.
+//  A4. FRESH: allocated, and nothing was ever written there. Only write-back writes below in such places,
+//      by one thread at a time, so what is FRESH reads as zeroes until that thread says otherwise; it is
+//      WRITTEN from then on, because zeroes around what was written may be under way for long.
 //  A5. When the map refuses space that the file system had told of (a quota, a share of a pool), nothing is
 //      promised until it has given some: each write is told whether there is space for it.
 #pragma once
@@ -26,7 +27,8 @@ enum place {
     PLACE_HOLES, // some of it may need space
     PLACE_EMPTY, // a hole as a whole
     PLACE_FRESH, // A4
-    PLACE_FULL,  // takes no more space
+    PLACE_WRITTEN,
+    PLACE_FULL, // takes no more space, and who writes there may pass the cache by (wb.h W5)
 };
 
 struct delalloc {
@@ -81,6 +83,9 @@ void delalloc_punch(struct delalloc *delalloc, uint64_t start, uint64_t end);
 // Write-back writes [start, end): not FRESH any more. Returns the end of what was FRESH up to there and
 // goes on behind end, or end.
 uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end);
+
+// Whether all of [start, end) is FULL.
+bool delalloc_is_full(struct delalloc *delalloc, uint64_t start, uint64_t end);
 
 // Whether all of [start, end) is FRESH.
 bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end);

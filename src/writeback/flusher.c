@@ -422,6 +422,8 @@ static void flush_came(struct writeback *wb)
 
 static void pass_begin(struct writeback *wb)
 {
+    if (atomic_load(&wb->cache.nr_used) >= atomic_load(&wb->begin_pages)) // W5
+        atomic_store(&wb->pass_by_until_ns, home(wb)->ring->now_ns + WB_PASS_BY_NS);
     if (pages_since_flush(wb) > 2ULL * WB_FLUSH_SHARE * atomic_load(&wb->begin_pages)) // G4
         atomic_store(&wb->begin_pages, wb->background_pages);
     queue_count_in(home(wb));

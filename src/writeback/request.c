@@ -310,6 +310,51 @@ static uint32_t sector_rest(const struct writeback *wb, uint64_t at, uint64_t le
     return (uint32_t)min_of(wb->cache.sector_bytes - at % wb->cache.sector_bytes, len);
 }
 
+// W5. A sector that is written in part waits for those that pass the cache by, and holds back others.
+static void partial_go(struct ring_op *op, int res);
+
+static void wake_partials(struct writeback *wb)
+{
+    struct rq *rq, *next;
+
+    pthread_mutex_lock(&wb->lock);
+    rq = wb->partials;
+    wb->partials = NULL;
+    pthread_mutex_unlock(&wb->lock);
+    for (; rq; rq = next) {
+        next = rq->wb.next;
+        post(rq, partial_go);
+    }
+}
+
+static void partial_begin(struct rq *rq)
+{
+    struct writeback *wb = wb_of(rq);
+
+    atomic_fetch_add(&wb->nr_partial, 1);
+    if (!atomic_load(&wb->nr_passing)) {
+        partial_go(&rq->ring_op, 0);
+        return;
+    }
+    pthread_mutex_lock(&wb->lock);
+    rq->wb.next = wb->partials;
+    wb->partials = rq;
+    pthread_mutex_unlock(&wb->lock);
+    if (!atomic_load(&wb->nr_passing)) // the last one may not have seen us
+        wake_partials(wb);
+}
+
+static void partial_end(struct rq *rq)
+{
+    atomic_fetch_sub(&wb_of(rq)->nr_partial, 1);
+}
+
+static void passing_end(struct writeback *wb)
+{
+    if (atomic_fetch_sub(&wb->nr_passing, 1) == 1 && atomic_load(&wb->nr_partial))
+        wake_partials(wb);
+}
+
 static int partial_work(struct rq *rq)
 {
     struct writeback *wb = wb_of(rq);
@@ -340,6 +385,7 @@ static void partial_done(struct ring_op *op, int res)
 {
     struct rq *rq = rq_of(op);
 
+    partial_end(rq);
     if (write_took(rq, res))
         write_step(rq);
 }
@@ -379,13 +425,81 @@ static void write_step(struct rq *rq)
         n = page_cache_write(&wb->cache, at, (uint32_t)left, rq->iov,
                              is_placed ? never_needs_space : delalloc_needs_space, (void *)place, NULL);
         if (n == -EAGAIN) {
-            rq_call_worker(rq, partial_work, partial_done);
+            partial_begin(rq);
             return;
         }
         if (!write_took(rq, n))
             return;
     }
     write_over(rq);
+}
+
+static bool is_loaded(struct writeback *wb, uint64_t now_ns)
+{
+    uint64_t until_ns = atomic_load_explicit(&wb->pass_by_until_ns, memory_order_relaxed);
+    bool is_still;
+
+    if (now_ns < until_ns || !until_ns)
+        return until_ns;
+    is_still = atomic_exchange(&wb->passed_bytes, 0) >=
+               (uint64_t)wb->background_pages * CACHE_PAGE_BYTES / WB_PASS_BY_SHARE;
+    atomic_store(&wb->pass_by_until_ns, is_still ? now_ns + WB_PASS_BY_NS : 0);
+    return is_still;
+}
+
+// What the io below would have to copy first could be held back there, and a freeze wait for a partial
+// write that waits for it.
+static bool can_pass_as_it_is(const struct writeback *wb, const struct rq *rq)
+{
+    uintptr_t mem = 0, mem_mask = wb->dev->image->dio_mem_align - 1, mask = wb->cache.sector_bytes - 1;
+    uint64_t lens = rq->offset_bytes | rq->len_bytes;
+
+    for (unsigned i = 0; i < rq->nr_iov; i++) {
+        mem |= (uintptr_t)rq->iov[i].iov_base;
+        lens |= rq->iov[i].iov_len;
+    }
+    return !(lens & mask) && !(mem & mem_mask);
+}
+
+// W5
+static bool may_pass(struct rq *rq)
+{
+    struct writeback *wb = wb_of(rq);
+    uint64_t start = rq->offset_bytes, end = start + rq->len_bytes, last_end = rq->queue->write_end_bytes;
+    bool is_cached = false, is_delayed;
+
+    rq->queue->write_end_bytes = end;
+    if (!is_loaded(wb, rq->queue->ring->now_ns) || (rq->flags & RQ_FUA) ||
+        (start == last_end && rq->len_bytes < CACHE_CHUNK_BYTES) || !can_pass_as_it_is(wb, rq) ||
+        !delalloc_is_full(&wb->delalloc, start, end))
+        return false;
+    return !atomic_load(&wb->cache.nr_used) ||
+           (page_cache_look(&wb->cache, start, rq->len_bytes, &is_cached, &is_delayed) >= rq->len_bytes &&
+            !is_cached);
+}
+
+static void passed(struct rq *rq, int error)
+{
+    passing_end(wb_of(rq));
+    rq_end(rq, error);
+}
+
+// false: it has to go into the cache.
+static bool pass_by(struct rq *rq)
+{
+    struct writeback *wb = wb_of(rq);
+
+    if (!may_pass(rq))
+        return false;
+    atomic_fetch_add(&wb->nr_passing, 1);
+    if (atomic_load(&wb->nr_partial)) {
+        passing_end(wb);
+        return false;
+    }
+    atomic_fetch_add_explicit(&wb->passed_bytes, rq->len_bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&wb->nr_passed, 1, memory_order_relaxed);
+    rq_run(rq, rq->len_bytes, passed);
+    return true;
 }
 
 static void write_start(struct rq *rq)
@@ -396,6 +510,8 @@ static void write_start(struct rq *rq)
     rq->wb.placed_end = 0;
     if (!rq->len_bytes) {
         rq_end(rq, 0);
+    } else if (pass_by(rq)) {
+        ; // it ends with passed()
     } else if (atomic_load_explicit(&wb->nr_throttled, memory_order_relaxed) ||
                !may_come_in(wb, rq_pages(rq))) {
         throttle(rq);
@@ -479,6 +595,7 @@ static void zero_edges_done(struct ring_op *op, int res)
 {
     struct rq *rq = rq_of(op);
 
+    partial_end(rq);
     rq->wb.is_admitted = true;
     if (res == -ENOMEM)
         throttle(rq);
@@ -488,6 +605,17 @@ static void zero_edges_done(struct ring_op *op, int res)
         flusher_sync(rq); // and then the rest
     else
         zero_whole(rq);
+}
+
+static void partial_go(struct ring_op *op, int res)
+{
+    struct rq *rq = rq_of(op);
+
+    (void)res;
+    if (rq->op == REQ_OP_WRITE)
+        rq_call_worker(rq, partial_work, partial_done);
+    else
+        rq_call_worker(rq, zero_edges_work, zero_edges_done);
 }
 
 static void zero_start(struct rq *rq)
@@ -501,7 +629,7 @@ static void zero_start(struct rq *rq)
     else if (rq->flags & RQ_FAST_ZERO) // the image below might refuse the rest, when the edges are zeroed
         rq_end(rq, -EOPNOTSUPP);
     else
-        rq_call_worker(rq, zero_edges_work, zero_edges_done);
+        partial_begin(rq);
 }
 
 static bool is_being_written(const struct writeback *wb, uint64_t start, uint64_t end)

@@ -8,6 +8,11 @@
 //  W3. A pass, as long as it lasts, counts as in flight on the first queue: a freeze waits for it, and
 //      none begins on a frozen device but for requests that are in flight, and to drain it.
 //  W4. Who waits for memory or space is woken when a write below is over, or when a pass is.
+//  W5. Under load a write passes the cache by where that brings nothing: all of its places are FULL,
+//      none of its sectors is cached, and it does not go on where the one before ended. It is of whole
+//      sectors, and none that is written in part has its rest read meanwhile (nr_passing, nr_partial):
+//      that rest would cover it. Other writes to the same sectors are not held back: a client that does
+//      not wait for one before it sends the next gets either, with a cache or without.
 //
 // Threads: the first queue's owns the flusher's state; one worker at a time gathers; slots are written by
 // all queues in turn; requests stay on their own queue's thread.
@@ -32,6 +37,8 @@
 #define WB_FLUSH_MIN_PAGES 64U
 #define WB_TICK_NS (NSEC_PER_SEC)
 #define WB_MAX_AGE_NS (5 * NSEC_PER_SEC)
+#define WB_PASS_BY_NS (NSEC_PER_SEC) // W5, and longer where as much as this part of
+#define WB_PASS_BY_SHARE 8           // background_pages has come meanwhile
 
 // One write below.
 struct wb_slot {
@@ -66,6 +73,10 @@ struct writeback {
     _Atomic int64_t credit;       // pages that may come in beyond soft_pages
     atomic_uint nr_throttled;
     atomic_uint nr_tight; // waiting for space
+    // W5
+    _Atomic uint64_t pass_by_until_ns, passed_bytes; // since it was set
+    _Atomic uint64_t nr_passed;
+    atomic_uint nr_passing, nr_partial;
     // Written by the first queue's thread.
     atomic_bool is_in_pass, is_ticking;
 
@@ -75,6 +86,7 @@ struct writeback {
     struct rq *zeroing;                     // ranges: W1
     struct rq *throttled, **throttled_tail; // first come first
     struct rq *tight;
+    struct rq *partials; // waiting until nr_passing is 0
 
     // The worker that gathers, and nobody while none does.
     struct wb_sync *fresh_sync; // A4: whose cursor fresh_end is about

@@ -172,6 +172,7 @@ bool writeback_stats(const struct device *dev, struct writeback_stats *stats)
         .nr_map_calls = atomic_load(&wb->delalloc.nr_map_calls),
         .allocated_bytes = atomic_load(&wb->delalloc.nr_allocated_bytes),
         .nr_throttled = atomic_load(&wb->nr_throttled_total),
+        .nr_passed = atomic_load(&wb->nr_passed),
     };
     stats->reserved_bytes = stats->delayed_bytes; // P4
     return true;

@@ -74,6 +74,7 @@ struct writeback_stats {
     uint64_t nr_map_calls;    // for them
     uint64_t allocated_bytes; // by them
     uint64_t nr_throttled;    // writes that had to wait for memory
+    uint64_t nr_passed;       // writes that went by the cache
 };
 // false: the device has no write-back. Any thread that device_create() and changes exclude.
 bool writeback_stats(const struct device *dev, struct writeback_stats *stats);

@@ -282,6 +282,121 @@ static void writers_are_told_when_nothing_can_be_written(void **state)
     assert_int_equal(fixture_destroy(&fixture), -ENOSPC);
 }
 
+// ---- Past the cache (W5)
+
+#define LONG_TIME_NS (1ULL << 62)
+
+// Nothing was asked of the map yet: the file has all of its blocks when it is.
+static void fill_file(const struct fixture *fixture, char byte)
+{
+    int fd = open(fixture->path, O_RDWR | O_CLOEXEC);
+    char *buf = malloc(DISK_BYTES);
+
+    memset(buf, byte, DISK_BYTES);
+    assert_int_equal(pwrite(fd, buf, DISK_BYTES, 0), DISK_BYTES);
+    assert_int_equal(fsync(fd), 0);
+    close(fd);
+    free(buf);
+}
+
+static void load(struct device *dev, bool is_loaded)
+{
+    atomic_store(&dev->writeback->pass_by_until_ns, is_loaded ? LONG_TIME_NS : 0);
+}
+
+static int write_page(struct device *dev, unsigned flags, uint64_t offset, char byte)
+{
+    static _Alignas(4096) char buf[4096];
+
+    memset(buf, byte, sizeof(buf));
+    return fixture_do(dev, REQ_OP_WRITE, flags, offset, buf, sizeof(buf));
+}
+
+static void under_load_a_write_passes_the_cache_by(void **state)
+{
+    struct fixture fixture = begin(state, &(struct fixture_options){0});
+    struct device *dev = fixture.dev;
+
+    fill_file(&fixture, 'o');
+    assert_int_equal(write_page(dev, 0, 0, 'k'), 0); // the place is known then
+    assert_int_equal(do_flush(dev), 0);
+    load(dev, true);
+    assert_int_equal(write_page(dev, 0, 8192, 'a'), 0);
+    assert_int_equal(stats_of(dev).nr_passed, 1);
+    assert_int_equal(stats_of(dev).used_bytes, 0);
+    file_has(&fixture, 8192, 'a', 4096);
+    device_has(dev, 8192, 'a', 4096);
+    load(dev, false);
+    assert_int_equal(write_page(dev, 0, 8192, 'b'), 0);
+    load(dev, true);
+    assert_int_equal(write_page(dev, 0, 8192, 'c'), 0);  // what is cached is older
+    assert_int_equal(write_page(dev, 0, 12288, 'd'), 0); // goes on where that ended
+    assert_int_equal(stats_of(dev).nr_passed, 1);
+    file_has(&fixture, 8192, 'a', 4096);
+    device_has(dev, 8192, 'c', 4096);
+    assert_int_equal(do_flush(dev), 0);
+    file_has(&fixture, 8192, 'c', 4096);
+    file_has(&fixture, 12288, 'd', 4096);
+    file_has(&fixture, 16384, 'o', 4096);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
+static void what_write_back_allocated_does_not_pass_it_by(void **state)
+{
+    struct fixture fixture = begin(state, &(struct fixture_options){0});
+    struct device *dev = fixture.dev;
+
+    load(dev, true);
+    assert_int_equal(write_page(dev, 0, 0, 'a'), 0);
+    assert_int_equal(do_flush(dev), 0);
+    assert_int_equal(write_page(dev, 0, 8192, 'b'), 0); // zeroes around others may be on their way there
+    assert_int_equal(stats_of(dev).nr_passed, 0);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
+static void load_begins_and_ends_by_itself(void **state)
+{
+    struct fixture fixture = begin(state, &(struct fixture_options){0});
+    struct writeback *wb = fixture.dev->writeback;
+    uint64_t random = 5;
+
+    fill_file(&fixture, 0);
+    for (unsigned i = 0; i < 4096 && !stats_of(fixture.dev).nr_passed; i++)
+        assert_int_equal(write_page(fixture.dev, 0, unit_random(&random) % (DISK_BYTES / 4096) * 4096, 'l'),
+                         0);
+    assert_true(stats_of(fixture.dev).nr_passed);
+    atomic_store(&wb->pass_by_until_ns, 1); // long ago, and not much has come
+    atomic_store(&wb->passed_bytes, 4096);
+    assert_int_equal(do_flush(fixture.dev), 0);
+    assert_int_equal(write_page(fixture.dev, 0, 0, 'm'), 0);
+    assert_int_equal(stats_of(fixture.dev).used_bytes, 4096);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
+static void a_part_of_a_sector_waits_for_what_passes_the_cache_by(void **state)
+{
+    static _Alignas(4096) char whole[4096];
+    struct fixture fixture = begin(state, &(struct fixture_options){.io = "fault:write.delay=1:50"});
+    struct device *dev = fixture.dev;
+    struct fixture_rq frq, part;
+
+    fill_file(&fixture, 'o');
+    assert_int_equal(do_write(dev, 0, 100, 'k', 8), 0);
+    assert_int_equal(do_flush(dev), 0);
+    load(dev, true);
+    memset(whole, 'w', sizeof(whole));
+    fixture_rq_init(&frq, REQ_OP_WRITE, 0, 8192, whole, sizeof(whole));
+    fixture_rq_init(&part, REQ_OP_WRITE, 0, 8192, "parts", 5);
+    fixture_submit(&dev->queues[0], &frq);
+    fixture_submit(&dev->queues[0], &part);
+    assert_int_equal(fixture_wait(&frq), 0);
+    assert_int_equal(fixture_wait(&part), 0);
+    assert_int_equal(stats_of(dev).nr_passed, 1);
+    assert_int_equal(do_flush(dev), 0);
+    file_has(&fixture, 8192 + 5, 'w', 4096 - 5);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
 // ---- At random. Clients share the device in stripes, so that each knows what its own bytes are.
 
 #define NR_CLIENTS 8
@@ -442,6 +557,18 @@ static void clients_at_random_with_slow_writes(void **state)
     assert_int_equal(fixture_destroy(&fixture), 0);
 }
 
+static void clients_at_random_past_the_cache(void **state)
+{
+    struct fixture fixture =
+        begin(state, &(struct fixture_options){.nr_queues = 3, .io = "fault:write.delay=0.1:1"});
+
+    fill_file(&fixture, 0);
+    load(fixture.dev, true);
+    run_clients(&fixture, nr_rounds());
+    assert_true(stats_of(fixture.dev).nr_passed);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
 static void it_is_refused_where_it_makes_no_sense(void **state)
 {
     struct device_options options = {.name = "disk",
@@ -481,9 +608,14 @@ int main(void)
         cmocka_unit_test(an_error_is_told_by_every_flush_until_it_is_written),
         cmocka_unit_test(what_cannot_be_written_is_told_at_the_end),
         cmocka_unit_test(writers_are_told_when_nothing_can_be_written),
+        cmocka_unit_test(under_load_a_write_passes_the_cache_by),
+        cmocka_unit_test(what_write_back_allocated_does_not_pass_it_by),
+        cmocka_unit_test(load_begins_and_ends_by_itself),
+        cmocka_unit_test(a_part_of_a_sector_waits_for_what_passes_the_cache_by),
         cmocka_unit_test(clients_at_random),
         cmocka_unit_test(clients_at_random_on_a_disk_that_writes_less),
         cmocka_unit_test(clients_at_random_with_slow_writes),
+        cmocka_unit_test(clients_at_random_past_the_cache),
         cmocka_unit_test(it_is_refused_where_it_makes_no_sense),
     };
 
