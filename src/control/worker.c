@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -80,6 +81,19 @@ static int worker_catch_signals(struct worker *worker, struct err *err)
                                          .fd = worker->signal_fd,
                                          .events = POLLIN};
     return 0;
+}
+
+// A file descriptor a connection, some for each image and for each of its rings, and some more.
+static void worker_raise_nofile(const struct worker_options *options)
+{
+    rlim_t wanted =
+        options->max_connections + options->nr_images * (8 + 4ULL * options->device.nr_queues) + 256;
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur >= wanted)
+        return;
+    limit.rlim_cur = min_of(wanted, limit.rlim_max);
+    setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 static int worker_create_devices(struct worker *worker, struct err *err)
@@ -178,6 +192,7 @@ int worker_run(const struct worker_options *options, struct err *err)
         return err_set(err, -ENOMEM, "out of memory");
     worker.options = &with_ring;
     workers_set_max(options->nr_workers);
+    worker_raise_nofile(options);
     with_ring.device.ring = ring_choose(options->ring_name, err);
     ret = with_ring.device.ring ? worker_catch_signals(&worker, err) : -EINVAL;
     if (ret < 0)

@@ -109,6 +109,19 @@ class Images(ServeCase):
         self.assertEqual(harness.read_file(images[3])[:5], b"three")
         self.assertEqual(harness.read_file(images[4])[:5], b"four" + data[4][4:5])
 
+    def test_many_images_and_connections_with_a_small_soft_limit_of_files(self):
+        images = [self.image(bytes([number + 1]), M, f"disk{number}") for number in range(40)]
+        harness.usable_fds(1024)
+
+        def small():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+        for ring in harness.rings():
+            with self.subTest(ring=ring), Server(*images, ring=ring, args=["--queues", 4], setup=small) as server:
+                clients = [self.enterContext(server.connect(export=f"disk{number % 40}")) for number in range(200)]
+                for number, client in enumerate(clients):
+                    self.assertEqual(client.read(0, 2), bytes([number % 40 + 1, 0]))
+
     def test_name(self):
         with Server(self.image(harness.pattern(SIZE)), args=["--name", "weird / näme"]) as server:
             self.assert_serves(server.socket, harness.pattern(SIZE), "weird / näme")

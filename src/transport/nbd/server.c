@@ -11,7 +11,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "core/device.h"
@@ -352,18 +351,6 @@ static void server_add_listener(struct nbd_server *server, const struct transpor
 
 // ---- The server
 
-// A file descriptor a connection, and some for images and rings.
-static void raise_nofile(unsigned max_connections)
-{
-    struct rlimit limit;
-    rlim_t wanted = max_connections + 256;
-
-    if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur >= wanted)
-        return;
-    limit.rlim_cur = min_of(wanted, limit.rlim_max);
-    setrlimit(RLIMIT_NOFILE, &limit);
-}
-
 static int nbd_hold(struct transport_hold *hold, const struct transport_hold_options *options,
                     struct err *err)
 {
@@ -428,7 +415,6 @@ static int nbd_start(struct transport **transport, const struct transport_option
         return err_set(err, -ENOMEM, "nbd: out of memory");
     }
     server->options = *options;
-    raise_nofile(options->max_connections);
     for (unsigned i = 0; i < nr_holds; i++)
         server_add_listener(server, &holds[i]);
     *transport = &server->transport;
