@@ -8,6 +8,8 @@
 #include "cli/ask.h"
 #include "cli/cli.h"
 #include "control/client.h"
+#include "control/metrics.h"
+#include "core/stats.h"
 #include "util/util.h"
 
 static const char stats_help[] =
@@ -30,7 +32,7 @@ static uint64_t number(struct json_object *object, const char *key)
 }
 
 // before: NULL, or an earlier answer: then what has come since, a second.
-static void stats_print(struct json_object *now, struct json_object *before)
+static void stats_show(struct json_object *now, struct json_object *before)
 {
     struct json_object *ops = json_object_object_get(now, "ops");
     double seconds = before ? (double)(number(now, "time_ns") - number(before, "time_ns")) / 1e9 : 1;
@@ -44,6 +46,8 @@ static void stats_print(struct json_object *now, struct json_object *before)
         struct json_object *op = json_object_iter_peek_value(&at), *old = NULL;
         struct json_object *latency = json_object_object_get(op, "latency_ns");
         uint64_t done = number(op, "done"), bytes = number(op, "bytes"), errors = number(op, "errors");
+        uint64_t p50 = number(latency, "p50"), p99 = number(latency, "p99"), p999 = number(latency, "p99.9");
+        struct op_stats since;
 
         if (!done)
             continue;
@@ -52,12 +56,25 @@ static void stats_print(struct json_object *now, struct json_object *before)
             done -= number(old, "done");
             bytes -= number(old, "bytes");
             errors -= number(old, "errors");
+            metrics_latency_since(op, old, &since);
+            p50 = stats_percentile_ns(&since, 50);
+            p99 = stats_percentile_ns(&since, 99);
+            p999 = stats_percentile_ns(&since, 99.9);
         }
         printf("%-13s %12.0f %10.1f %8" PRIu64 " %10.1f %10.1f %10.1f\n", name, (double)done / seconds,
-               (double)bytes / seconds / 1e6, errors, (double)number(latency, "p50") / 1e3,
-               (double)number(latency, "p99") / 1e3, (double)number(latency, "p99.9") / 1e3);
+               (double)bytes / seconds / 1e6, errors, (double)p50 / 1e3, (double)p99 / 1e3,
+               (double)p999 / 1e3);
     }
     fflush(stdout);
+}
+
+static struct json_object *stats_request(bool is_openmetrics, bool has_buckets)
+{
+    struct json_object *request = client_request("stats");
+
+    json_object_object_add(request, "openmetrics", json_object_new_boolean(is_openmetrics));
+    json_object_object_add(request, "buckets", json_object_new_boolean(has_buckets));
+    return request;
 }
 
 static int stats_watch(const char *who, struct json_object *before, struct err *err)
@@ -66,10 +83,10 @@ static int stats_watch(const char *who, struct json_object *before, struct err *
         struct json_object *now;
 
         sleep(1);
-        now = ask(who, client_request("stats"), err);
+        now = ask(who, stats_request(false, true), err);
         if (!now)
             return ask_failed(err);
-        stats_print(now, before);
+        stats_show(now, before);
         puts("");
         json_object_put(before);
         before = now;
@@ -80,7 +97,7 @@ static int stats_main(int argc, char **argv)
 {
     static const char *const names[] = {"--watch", "--openmetrics", "--json", NULL};
     bool flags[FLAG_NR] = {false};
-    struct json_object *request, *answer;
+    struct json_object *answer;
     struct err err = {.line = ""};
     int nr, ret = ask_parse(argc, argv, stats_help, names, flags, &nr);
 
@@ -90,9 +107,7 @@ static int stats_main(int argc, char **argv)
         err_usage(&err, "stats: name one device; see bight list");
         return ask_failed(&err);
     }
-    request = client_request("stats");
-    json_object_object_add(request, "openmetrics", json_object_new_boolean(flags[FLAG_OPENMETRICS]));
-    answer = ask(argv[1], request, &err);
+    answer = ask(argv[1], stats_request(flags[FLAG_OPENMETRICS], flags[FLAG_WATCH]), &err);
     if (!answer)
         return ask_failed(&err);
     if (flags[FLAG_OPENMETRICS])
@@ -102,7 +117,7 @@ static int stats_main(int argc, char **argv)
     else if (flags[FLAG_WATCH])
         return stats_watch(argv[1], answer, &err);
     else
-        stats_print(answer, NULL);
+        stats_show(answer, NULL);
     json_object_put(answer);
     return CLI_OK;
 }

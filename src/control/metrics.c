@@ -14,7 +14,25 @@ static const double percentiles[] = {50, 90, 99, 99.9};
 static const unsigned bounds_us[] = {10,   25,   50,    100,   250,    500,    1000,
                                      2500, 5000, 10000, 50000, 250000, 1000000};
 
-static struct json_object *op_json(const struct op_stats *op)
+static struct json_object *latency_json(const struct op_stats *op)
+{
+    struct json_object *array = json_object_new_array();
+
+    for (unsigned b = 0; b < STATS_NR_BUCKETS; b++)
+        json_object_array_add(array, json_object_new_uint64(atomic_load(&op->latency[b])));
+    return array;
+}
+
+void metrics_latency_since(struct json_object *now, struct json_object *before, struct op_stats *op)
+{
+    now = json_object_object_get(now, "latency_buckets");
+    before = json_object_object_get(before, "latency_buckets");
+    for (unsigned b = 0; b < STATS_NR_BUCKETS; b++)
+        op->latency[b] = json_object_get_uint64(json_object_array_get_idx(now, b)) -
+                         json_object_get_uint64(json_object_array_get_idx(before, b));
+}
+
+static struct json_object *op_json(const struct op_stats *op, bool has_buckets)
 {
     struct json_object *object = json_object_new_object(), *latency = json_object_new_object();
     char name[16];
@@ -28,10 +46,12 @@ static struct json_object *op_json(const struct op_stats *op)
                                json_object_new_uint64(stats_percentile_ns(op, percentiles[i])));
     }
     json_object_object_add(object, "latency_ns", latency);
+    if (has_buckets)
+        json_object_object_add(object, "latency_buckets", latency_json(op));
     return object;
 }
 
-struct json_object *metrics_json(const struct device *dev)
+struct json_object *metrics_json(const struct device *dev, bool has_buckets)
 {
     struct queue_stats *sum = malloc(sizeof(*sum));
     struct json_object *object, *ops;
@@ -44,7 +64,7 @@ struct json_object *metrics_json(const struct device *dev)
     json_object_object_add(object, "time_ns", json_object_new_uint64(util_now_ns()));
     json_object_object_add(object, "in_flight", json_object_new_uint64(atomic_load(&sum->nr_inflight)));
     for (unsigned i = 0; i < REQ_OP_NR; i++)
-        json_object_object_add(ops, stats_op_name(i), op_json(&sum->op[i]));
+        json_object_object_add(ops, stats_op_name(i), op_json(&sum->op[i], has_buckets));
     json_object_object_add(object, "ops", ops);
     free(sum);
     return object;

@@ -157,9 +157,16 @@ static void verb_show(struct control *control, struct server_conn *conn, struct 
     server_reply(conn, control_describe(control->facts, control_state_name(control), control->worker), NULL);
 }
 
+static bool asks_for(struct json_object *request, const char *flag)
+{
+    struct json_object *wanted;
+
+    return json_object_object_get_ex(request, flag, &wanted) && json_object_get_boolean(wanted);
+}
+
 static void verb_stats(struct control *control, struct server_conn *conn, struct json_object *request)
 {
-    struct json_object *result = metrics_json(control->worker->devs[0]), *wanted;
+    struct json_object *result = metrics_json(control->worker->devs[0], asks_for(request, "buckets"));
     struct err err;
     char *text;
 
@@ -169,7 +176,7 @@ static void verb_stats(struct control *control, struct server_conn *conn, struct
         server_reply(conn, NULL, &err);
         return;
     }
-    if (json_object_object_get_ex(request, "openmetrics", &wanted) && json_object_get_boolean(wanted)) {
+    if (asks_for(request, "openmetrics")) {
         text = metrics_text(control->worker->devs[0]);
         add_string(result, "openmetrics", text ? text : "");
         free(text);
@@ -415,13 +422,6 @@ static void detach_tried(void *arg, int error, const struct err *err)
         server_reply(verb->conn, NULL, &refused);
     }
     free(verb);
-}
-
-static bool asks_for(struct json_object *request, const char *flag)
-{
-    struct json_object *wanted;
-
-    return json_object_object_get_ex(request, flag, &wanted) && json_object_get_boolean(wanted);
 }
 
 static void verb_detach(struct control *control, struct server_conn *conn, struct json_object *request)

@@ -366,6 +366,23 @@ class Changes(Attached):
         watch.wait()
         watch.stdout.close()
 
+    def test_latencies_that_are_watched_are_of_the_second(self):
+        """Not of all that came before."""
+        qemu_io(self.uri, *["write 0 4k"] * 100)
+        self.bight("set", "disk", "io=fault:write.delay=1:100")
+        watch = subprocess.Popen([harness.BIGHT, "stats", "--watch", "disk"], env=self.env(), text=True,
+                                 stdout=subprocess.PIPE, preexec_fn=harness.die_with_parent)
+        try:
+            qemu_io(self.uri, *["write 0 4k"] * 10)
+            for line in watch.stdout:
+                if re.match(r"write +[1-9]", line):
+                    break
+            self.assertGreaterEqual(float(line.split()[4]), 100_000)
+        finally:
+            watch.kill()
+            watch.wait()
+            watch.stdout.close()
+
     def check_openmetrics(self, text):
         self.assertTrue(text.rstrip().endswith("# EOF"))
         types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
