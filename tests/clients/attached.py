@@ -1,6 +1,8 @@
 """Attached devices: bight attach and its companions, in a run directory of their own; nothing is left behind."""
+import concurrent.futures
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -112,6 +114,94 @@ def qemu_io(uri, *commands, status=0):
     if (status == 0) == bool(failed or done.returncode):
         raise AssertionError(done.stdout + done.stderr)
     return done.stdout + done.stderr
+
+
+class SwitchLoad:
+    """Reads and writes while images are switched, and knows what each may see.
+
+    The first half of each image is read: blocks that tell the image and their place. In the second half each write
+    has a place of its own. connect() gives what has read(offset, length) and write(offset, data).
+    """
+
+    SIZE, BLOCK, WRITE = 48 * harness.M, 64 * harness.K, 4 * harness.K
+
+    def __init__(self, connect, read_bytes=BLOCK):
+        self.connect = connect
+        self.read_bytes = read_bytes
+        self.is_over = False
+        self.reads, self.writes = [], []  # (begin, end, what)
+        self.switches = []  # (begin, end, letter)
+
+    @classmethod
+    def unit(cls, letter, offset):
+        return f"{letter}{offset:015d}".encode()
+
+    @classmethod
+    def contents(cls, letter):
+        return b"".join(cls.unit(letter, offset) * (cls.WRITE // 16) for offset in range(0, cls.SIZE // 2, cls.WRITE))
+
+    def read_some(self, seed):
+        dice = random.Random(seed)
+        with self.connect() as client:
+            while not self.is_over:
+                offset = dice.randrange(0, self.SIZE // 2, self.read_bytes)
+                begin = time.monotonic()
+                data = client.read(offset, self.read_bytes)
+                end = time.monotonic()
+                letter = chr(data[0])
+                expected = b"".join(self.unit(letter, at) * (self.WRITE // 16)
+                                    for at in range(offset, offset + self.read_bytes, self.WRITE))
+                if data != expected:
+                    raise AssertionError(f"torn: {offset}: {set(data[::self.WRITE])}")
+                self.reads.append((begin, end, letter))
+
+    def write_some(self, number):
+        with self.connect() as client:
+            for offset in range(self.SIZE // 2 + number * self.WRITE, self.SIZE, 2 * self.WRITE):
+                if self.is_over:
+                    break
+                begin = time.monotonic()
+                client.write(offset, self.unit("w", offset) * (self.WRITE // 16))
+                self.writes.append((begin, time.monotonic(), offset))
+                time.sleep(0.0005)
+
+    def run(self, switch, letters, nr_switches):
+        """switch(letter); letters: of the images, the first of which is there."""
+        self.switches.append((0, 0, letters[0]))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(self.read_some, seed) for seed in range(2)]
+            jobs += [pool.submit(self.write_some, number) for number in range(2)]
+            try:
+                for n in range(nr_switches):
+                    before = len(self.reads), len(self.writes)
+                    harness.wait_until(lambda: any(job.done() for job in jobs) or
+                                       len(self.reads) > before[0] + 20 and len(self.writes) > before[1] + 20, "requests")
+                    letter = letters[(n + 1) % len(letters)]
+                    begin = time.monotonic()
+                    switch(letter)
+                    self.switches.append((begin, time.monotonic(), letter))
+                time.sleep(0.1)
+            finally:
+                self.is_over = True
+            for job in jobs:
+                job.result()
+
+    def may_be(self, begin, end):
+        """The images that a request of that time may have met."""
+        letters = {[letter for _, done, letter in self.switches if done < begin][-1]}
+        return letters | {letter for asked, done, letter in self.switches if done >= begin and asked <= end}
+
+    def check(self, images):
+        """images: {letter: contents}, now that all of it has been flushed."""
+        for begin, end, letter in self.reads:
+            if letter not in self.may_be(begin, end):
+                raise AssertionError(f"read of {letter!r} instead of {self.may_be(begin, end)}")
+        for begin, end, offset in self.writes:
+            data = self.unit("w", offset) * (self.WRITE // 16)
+            found = {letter for letter, image in images.items() if image[offset:offset + self.WRITE] == data}
+            blank = {letter for letter, image in images.items() if not any(image[offset:offset + self.WRITE])}
+            if len(found) != 1 or found | blank != set(images) or not found <= self.may_be(begin, end):
+                raise AssertionError(f"write at {offset} is in {found}, not in {blank}, of {self.may_be(begin, end)}")
 
 
 class Load:

@@ -21,7 +21,7 @@ import urllib.request
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 import raw
-from attached import Attached, Load, alive, qemu_io
+from attached import Attached, Load, SwitchLoad, alive, qemu_io
 from harness import K, M
 
 NOBODY = 65534
@@ -300,6 +300,18 @@ class Changes(Attached):
             self.assertEqual(shown["writeback_failed_bytes"], 0)
             self.bight("set", "disk", "writeback=off")  # brings it below
             self.assertEqual(harness.read_file(self.disk)[M:M + 64 * K], harness.pattern(64 * K))
+
+    def test_switches_under_load_tear_nothing(self):
+        images = {letter: self.image(SwitchLoad.contents(letter), SwitchLoad.SIZE, f"{letter}.img") for letter in "AB"}
+        for io in ("direct", "buffered"):
+            for path in images.values():
+                harness.write_file(path, SwitchLoad.contents(path[-5]), SwitchLoad.SIZE)
+            name = f"switched-{io}"
+            self.attach(images["A"], "--io", io, "--name", name, "--nbd", f"unix:{self.sock(name)}")
+            load = SwitchLoad(lambda: raw.connect(self.sock(name), "structured", "", False))
+            load.run(lambda letter: self.bight("switch", name, images[letter]), "AB", harness.rounds(5))
+            self.bight("detach", "--force", name)
+            load.check({letter: harness.read_file(path) for letter, path in images.items()})
 
     def test_a_switch_survives_the_worker(self):
         other = self.image(size=self.SIZE, name="other.img")

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
-from attached import Attached, Load
+from attached import Attached, Load, SwitchLoad
 from harness import K, M
 
 NOBODY = 65534
@@ -33,6 +34,26 @@ def digest(folder):
             if os.path.isfile(path) and not os.path.islink(path):
                 sums[os.path.relpath(path, folder)] = hashlib.sha256(harness.read_file(path)).hexdigest()
     return sums
+
+
+class DirectFile:
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        self.memory = mmap.mmap(-1, 64 * K)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+    def read(self, offset, length):
+        got = os.preadv(self.fd, [memoryview(self.memory)[:length]], offset)
+        return self.memory[:got]
+
+    def write(self, offset, data):
+        self.memory[:len(data)] = data
+        os.pwritev(self.fd, [memoryview(self.memory)[:len(data)]], offset)
 
 
 def churn(folder, count):
@@ -276,6 +297,14 @@ class Loop(Attached):
         self.assertTrue(harness.read_file(device) == harness.pattern(M, 1))
         self.bight("switch", "disk", second)
         self.assertTrue(harness.read_file(device) == harness.pattern(M, 2))
+
+    def test_switches_under_load_tear_nothing(self):
+        images = {letter: self.image(SwitchLoad.contents(letter), SwitchLoad.SIZE, f"{letter}.img") for letter in "AB"}
+        device = self.attach_loop(images["A"], "--name", "disk")
+        load = SwitchLoad(lambda: DirectFile(device), SwitchLoad.WRITE)
+        load.run(lambda letter: self.bight("switch", "disk", images[letter]), "AB", harness.rounds(5))
+        self.bight("detach", "disk")
+        load.check({letter: harness.read_file(path) for letter, path in images.items()})
 
     def test_lazy_detach_waits_for_the_unmount(self):
         device = self.attach_loop(self.formatted("ext4", 64 * M))
