@@ -42,9 +42,10 @@ def rounds(count):
 
 @functools.cache
 def sanitized():
-    """Whether the binary is built with a sanitizer; its memory and speed say nothing then."""
+    """The sanitizer that the binary is built with, or None; its memory and speed say nothing then."""
     with open(BIGHT, "rb") as binary:
-        return re.search(rb"__[atm]san_init", binary.read()) is not None
+        found = re.search(rb"__([atm]san)_init", binary.read())
+    return found and found[1].decode()
 
 
 def wait_until(condition, what):
@@ -147,6 +148,16 @@ def io_uring_works():
 
 def rings():
     return RINGS if io_uring_works() else RINGS[1:]
+
+
+def ways(ios=IOS):
+    """(ring, io) to run a test with. In a quick run only half of them, each ring and each io among them: under TSan the
+    other half than under ASan."""
+    every = [(ring, io) for ring in rings() for io in ios]
+    if not QUICK or not io_uring_works():
+        return every
+    odd = sanitized() == "tsan"
+    return [(ring, io) for ring, io in every if (RINGS.index(ring) + ios.index(io)) % 2 == odd]
 
 
 # Images and file systems

@@ -321,9 +321,8 @@ class Clients:
         run("e2fsck", "-f", "-n", self.image)
 
 
-for _ring in harness.rings():
-    for _io in harness.IOS:
-        harness.variant(globals(), Clients, unittest.TestCase, ring=_ring, io=_io)
+for _ring, _io in harness.ways():
+    harness.variant(globals(), Clients, unittest.TestCase, ring=_ring, io=_io)
 
 if __name__ == "__main__":
     unittest.main()

@@ -494,12 +494,11 @@ class BlockSize:
                         self.assertEqual(client.read(2 * size, size), harness.pattern(M)[2 * size:3 * size])
 
 
-for _ring in harness.rings():
-    for _io in harness.IOS:
-        for _tests in (Commands, Structured, Extended):
-            harness.variant(globals(), _tests, unittest.TestCase, ring=_ring, io=_io)
-        for _tests in (ReadOnly, BlockSize):
-            harness.variant(globals(), _tests, harness.Case, ring=_ring, io=_io)
+for _ring, _io in harness.ways():
+    for _tests in (Commands, Structured, Extended):
+        harness.variant(globals(), _tests, unittest.TestCase, ring=_ring, io=_io)
+    for _tests in (ReadOnly, BlockSize):
+        harness.variant(globals(), _tests, harness.Case, ring=_ring, io=_io)
 
 if __name__ == "__main__":
     unittest.main()

@@ -196,16 +196,15 @@ class File(FuseCase):
     @need("fio")
     def test_verified_at_every_depth(self):
         image = self.image(b"", size=16 * M)
-        for ring in harness.rings():
-            for io in harness.IOS:
-                with self.subTest(ring=ring, io=io), self.files(image, ring=ring, io=io) as server:
-                    for depth, direct, block in ((1, 0, "4k"), (7, 1, "4k"), (64, 1, "512-64k"), (32, 1, "1m")):
-                        run("fio", "--name=verify", f"--filename={server.paths[0]}", "--rw=randwrite",
-                            f"--bs{'range' if '-' in block else ''}={block}", "--size=8m", f"--iodepth={depth}",
-                            "--blockalign=512", "--ioengine=libaio", f"--direct={direct}", "--verify=crc32c",
-                            "--verify_fatal=1", "--verify_state_save=0", "--verify_state_save=0", "--do_verify=1", "--thread",
-                            "--allow_file_create=0",
-                            "--serialize_overlap=1")
+        for ring, io in harness.ways():
+            with self.subTest(ring=ring, io=io), self.files(image, ring=ring, io=io) as server:
+                for depth, direct, block in ((1, 0, "4k"), (7, 1, "4k"), (64, 1, "512-64k"), (32, 1, "1m")):
+                    run("fio", "--name=verify", f"--filename={server.paths[0]}", "--rw=randwrite",
+                        f"--bs{'range' if '-' in block else ''}={block}", "--size=8m", f"--iodepth={depth}",
+                        "--blockalign=512", "--ioengine=libaio", f"--direct={direct}", "--verify=crc32c",
+                        "--verify_fatal=1", "--verify_state_save=0", "--verify_state_save=0", "--do_verify=1", "--thread",
+                        "--allow_file_create=0",
+                        "--serialize_overlap=1")
 
 
 @need_root

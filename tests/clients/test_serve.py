@@ -138,27 +138,26 @@ class Images(ServeCase):
 
     def test_offset_and_size_limit(self):
         data = harness.pattern(SIZE)
-        for ring in harness.rings():
-            for io in harness.IOS:
-                for offset, limit in (("1M", "512K"), ("4096", "1M"), ("512", None), ("1000", "10000"),
-                                      (None, "1"), ("0", "1G"), ("1048577", "777777")):
-                    start = {"1M": M, None: 0}.get(offset) if offset in ("1M", None) else int(offset)
-                    length = {"512K": 512 * K, "1M": M, "1G": SIZE, None: SIZE}.get(limit) or int(limit)
-                    length = min(length, SIZE - start)
-                    with self.subTest(ring=ring, io=io, offset=offset, limit=limit):
-                        image = self.image(data)
-                        args = (["--offset", offset] if offset else []) + (["--size-limit", limit] if limit else [])
-                        with Server(image, args=args, ring=ring, io=io) as server, server.connect() as client:
-                            self.assertEqual(client.size, length)
-                            self.assertTrue(client.read(0, length) == data[start:start + length])
-                            client.write(0, b"\0" * min(length, 600))
-                            client.write(length - 1, b"\0")
-                            client.expect(raw.ENOSPC, raw.WRITE, length, 1, 0, b"x")
-                            self.assertEqual(sum(size for _, size, _ in client.allocation()), length)
-                        expected = bytearray(data)
-                        expected[start:start + min(length, 600)] = bytes(min(length, 600))
-                        expected[start + length - 1] = 0
-                        self.assertTrue(harness.read_file(image) == expected)
+        for ring, io in harness.ways():
+            for offset, limit in (("1M", "512K"), ("4096", "1M"), ("512", None), ("1000", "10000"),
+                                  (None, "1"), ("0", "1G"), ("1048577", "777777")):
+                start = {"1M": M, None: 0}.get(offset) if offset in ("1M", None) else int(offset)
+                length = {"512K": 512 * K, "1M": M, "1G": SIZE, None: SIZE}.get(limit) or int(limit)
+                length = min(length, SIZE - start)
+                with self.subTest(ring=ring, io=io, offset=offset, limit=limit):
+                    image = self.image(data)
+                    args = (["--offset", offset] if offset else []) + (["--size-limit", limit] if limit else [])
+                    with Server(image, args=args, ring=ring, io=io) as server, server.connect() as client:
+                        self.assertEqual(client.size, length)
+                        self.assertTrue(client.read(0, length) == data[start:start + length])
+                        client.write(0, b"\0" * min(length, 600))
+                        client.write(length - 1, b"\0")
+                        client.expect(raw.ENOSPC, raw.WRITE, length, 1, 0, b"x")
+                        self.assertEqual(sum(size for _, size, _ in client.allocation()), length)
+                    expected = bytearray(data)
+                    expected[start:start + min(length, 600)] = bytes(min(length, 600))
+                    expected[start + length - 1] = 0
+                    self.assertTrue(harness.read_file(image) == expected)
 
     def test_an_offset_beyond_the_end(self):
         self.refuse_image(self.image(size=SIZE), "--offset", "3M")
@@ -176,14 +175,13 @@ class Images(ServeCase):
             self.assert_serves(server.socket, harness.pattern(SIZE), "link")
 
     def test_an_image_truncated_below_us_reads_as_zeroes(self):
-        for ring in harness.rings():
-            for io in harness.IOS:
-                image = self.image(harness.pattern(SIZE))
-                with self.subTest(ring=ring, io=io), Server(image, ring=ring, io=io) as server:
-                    with server.connect() as client:
-                        os.truncate(image, M + 1000)
-                        self.assertEqual(client.read(M + 1000, M - 1000), bytes(M - 1000))
-                        self.assertEqual(client.read(M, 4096), harness.pattern(SIZE)[M:M + 1000] + bytes(3096))
+        for ring, io in harness.ways():
+            image = self.image(harness.pattern(SIZE))
+            with self.subTest(ring=ring, io=io), Server(image, ring=ring, io=io) as server:
+                with server.connect() as client:
+                    os.truncate(image, M + 1000)
+                    self.assertEqual(client.read(M + 1000, M - 1000), bytes(M - 1000))
+                    self.assertEqual(client.read(M, 4096), harness.pattern(SIZE)[M:M + 1000] + bytes(3096))
 
     def test_what_is_no_image(self):
         os.mkfifo(self.path("fifo"))
@@ -294,15 +292,14 @@ class BlockDevices(ServeCase):
     def test_devices_with_small_and_large_sectors(self):
         """512-byte and unaligned requests work also on sectors of 4096 bytes."""
         for sector in (512, 4096):
-            for ring in harness.rings():
-                for io in harness.IOS:
-                    with self.subTest(sector=sector, ring=ring, io=io), harness.loop_device(8 * M, sector) as device:
-                        with Server(device, ring=ring, io=io) as server:
-                            for mode in raw.MODES:
-                                with server.connect(mode) as client:
-                                    self.exercise(client)
-                        with open(device, "rb") as file:
-                            self.assertTrue(file.read() == self.shadow)
+            for ring, io in harness.ways():
+                with self.subTest(sector=sector, ring=ring, io=io), harness.loop_device(8 * M, sector) as device:
+                    with Server(device, ring=ring, io=io) as server:
+                        for mode in raw.MODES:
+                            with server.connect(mode) as client:
+                                self.exercise(client)
+                    with open(device, "rb") as file:
+                        self.assertTrue(file.read() == self.shadow)
 
     def exercise(self, client):
         self.assertEqual(client.size, 8 * M)
@@ -779,13 +776,12 @@ class Surroundings(ServeCase):
 
     def test_numbers_of_queues_depth_and_workers(self):
         image = self.image(size=SIZE)
-        for ring in harness.rings():
-            for io in harness.IOS:
-                for args in (["--queues", "1"], ["--queues", "4"], ["--depth", "1"], ["--depth", "2", "--queues", "3"],
-                             ["--workers", "1"], ["--depth", "1024", "--workers", "64"]):
-                    with self.subTest(ring=ring, io=io, args=args), \
-                            Server(image, ring=ring, io=io, args=args) as server:
-                        self.exercise(server)
+        for ring, io in harness.ways():
+            for args in (["--queues", "1"], ["--queues", "4"], ["--depth", "1"], ["--depth", "2", "--queues", "3"],
+                         ["--workers", "1"], ["--depth", "1024", "--workers", "64"]):
+                with self.subTest(ring=ring, io=io, args=args), \
+                        Server(image, ring=ring, io=io, args=args) as server:
+                    self.exercise(server)
 
     def test_options_in_any_place_and_form(self):
         image = self.image(harness.pattern(SIZE))

@@ -5,7 +5,7 @@ import os
 import sys
 
 import harness
-from harness import BIGHT, IOS, K, M, Case, Server, rounds, variant
+from harness import BIGHT, K, M, Case, Server, rounds, variant
 
 LOAD = os.path.join(os.environ.get("BIGHT_BUILD") or os.path.dirname(BIGHT), "vu_load")
 SHAPES = ((), ("--packed",), ("--no-event-idx", "--regions", "5"), ("--packed", "--no-event-idx", "--inflight"),
@@ -37,9 +37,8 @@ class Model:
                 self.assertTrue(told["verified"])
 
 
-for _ring in harness.rings():
-    for _io in IOS:
-        variant(globals(), Model, Case, ring=_ring, io=_io)
+for _ring, _io in harness.ways():
+    variant(globals(), Model, Case, ring=_ring, io=_io)
 
 
 class Load(Case):

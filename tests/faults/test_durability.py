@@ -15,10 +15,6 @@ SIZE = 8 * M
 BLOCK = 4 * K
 
 
-def combinations(ios=IOS):
-    return [(ring, io) for ring in harness.rings() for io in ios]
-
-
 class Kills(Case):
     def load(self, client, chance, confirm, state):
         """Write until the server dies. `state` has for each block what may be there: what was confirmed, and later."""
@@ -51,7 +47,7 @@ class Kills(Case):
             pass
 
     def test_a_killed_server_loses_nothing_that_it_confirmed(self):
-        for ring, io in combinations(IOS + (WRITEBACK,)):
+        for ring, io in harness.ways(IOS + (WRITEBACK,)):
             for confirm in ("flush", "fua"):
                 chance = random.Random(harness.SEED)
                 with self.subTest(ring=ring, io=io, confirm=confirm, seed=harness.SEED):
@@ -77,7 +73,7 @@ class Kills(Case):
 
     def test_a_killed_client_harms_nobody(self):
         """Half of a payload has come when the client dies: none of it may spoil what others have written."""
-        for ring, io in combinations(IOS + (WRITEBACK,)):
+        for ring, io in harness.ways(IOS + (WRITEBACK,)):
             with self.subTest(ring=ring, io=io), Server(self.image(harness.pattern(SIZE)), ring=ring, io=io) as server:
                 with server.connect() as good:
                     fds = server.fds()
@@ -132,7 +128,7 @@ class PowerCuts(Case):
         for kind in ("ext4", "xfs"):
             if not harness.have(harness.MKFS[kind][0]):
                 continue
-            for ring, io in combinations(IOS + (WRITEBACK,)):
+            for ring, io in harness.ways(IOS + (WRITEBACK,)):
                 with self.subTest(kind=kind, ring=ring, io=io):
                     data = self.cut(ring, io, kind, actions)
                     self.assertEqual(len(data), SIZE)
@@ -193,7 +189,7 @@ class PowerCuts(Case):
         self.check(actions, {0: harness.pattern(M), 2 * M + 1: harness.pattern(1000)})
 
     def test_the_end_of_the_server_flushes(self):
-        for ring, io in combinations(IOS + (WRITEBACK,)):
+        for ring, io in harness.ways(IOS + (WRITEBACK,)):
             backing = os.path.join("/dev/shm", os.path.basename(self.dir) + "-disk")
             self.addCleanup(lambda: os.path.exists(backing) and os.unlink(backing))
             harness.write_file(backing, size=64 * M)
@@ -215,7 +211,7 @@ class PowerCuts(Case):
 class Full(Case):
     @need("mkfs.ext4")
     def test_a_full_file_system_is_told_as_enospc(self):
-        for ring, io in combinations(IOS + (WRITEBACK,)):
+        for ring, io in harness.ways(IOS + (WRITEBACK,)):
             with self.subTest(ring=ring, io=io), harness.filesystem("ext4", 24 * M) as point:
                 image = harness.write_file(os.path.join(point, "disk.img"), size=64 * M)
                 with Server(image, ring=ring, io=io) as server:
@@ -246,7 +242,7 @@ class Faults(Case):
                 "EROFS": raw.EPERM, "ETIMEDOUT": raw.EIO, "EINVAL": raw.EINVAL}
         requests = {"read": (raw.READ, b""), "write": (raw.WRITE, b"x" * BLOCK), "flush": (raw.FLUSH, b""),
                     "discard": (raw.TRIM, b""), "write_zeroes": (raw.WRITE_ZEROES, b"")}
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             for name, error in told.items():
                 operation = random.Random(name + ring + io).choice(list(requests)) if name != "EIO" else None
                 for which in [operation] if operation else requests:
@@ -282,7 +278,7 @@ class Faults(Case):
         self.assertNotEqual(run_of(2), first)
 
     def test_short_io_is_continued(self):
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             spec = f"fault:io={io},seed={harness.SEED},read.short=0.7,write.short=0.7"
             image = self.image(size=SIZE)
             with self.subTest(ring=ring, io=io, spec=spec), Server(image, io=spec, ring=ring) as server:
@@ -295,7 +291,7 @@ class Faults(Case):
 
     def test_delays_keep_the_answers_apart(self):
         """Answers overtake each other; each keeps its cookie and its data."""
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             with self.subTest(ring=ring, io=io), Server(self.image(harness.pattern(SIZE)), ring=ring,
                                                         io=f"fault:io={io},seed=3,read.delay=0.3:20") as server:
                 for mode in raw.MODES:
@@ -305,7 +301,7 @@ class Faults(Case):
                             self.assertEqual(client.wait(cookie).data, harness.pattern(SIZE)[number * 1000:][:1000])
 
     def test_a_torn_write_is_an_error_and_spoils_only_its_own_range(self):
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             image = self.image(harness.pattern(M))
             with self.subTest(ring=ring, io=io), Server(image, io=f"fault:io={io},write.torn=1", ring=ring) as server:
                 with server.connect() as client:
@@ -318,7 +314,7 @@ class Faults(Case):
 
     def test_a_failed_flush_fails_every_later_one(self):
         """The page cache forgets what could not be written: a later fsync that succeeds says nothing."""
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             image = self.image(size=M)
             server = self.enterContext(Server(image, io=f"fault:io={io},seed=1,flush.error=0.5", ring=ring))
             with self.subTest(ring=ring, io=io):
@@ -340,7 +336,7 @@ class Faults(Case):
                 client.flush()  # attached anew
 
     def test_no_sticky_error_from_a_failed_write(self):
-        for ring, io in combinations():
+        for ring, io in harness.ways():
             with Server(self.image(size=M), io=f"fault:io={io},write.error=0.5,seed=2", ring=ring) as server:
                 with server.connect() as client:
                     errors = {client.command(raw.WRITE, 0, 512, 0, b"x" * 512).error for _ in range(50)}

@@ -208,10 +208,9 @@ class Random(unittest.TestCase):
             for what, path in images:
                 if kinds and not any(what.startswith(kind) for kind in kinds):
                     continue
-                for ring in harness.rings():
-                    for io in IOS if faults else IOS + (WRITEBACK,):
-                        with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
-                            self.one(path, ring, io, rounds(count), faults, errors)
+                for ring, io in harness.ways(IOS if faults else IOS + (WRITEBACK,)):
+                    with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
+                        self.one(path, ring, io, rounds(count), faults, errors)
 
     def one(self, path, ring, io, count, faults, errors):
         seed = harness.SEED
@@ -249,29 +248,27 @@ class Random(unittest.TestCase):
 
     def test_with_few_tags_and_one_worker(self):
         with harness.scratch_dir() as path:
-            for ring in harness.rings():
-                for io in IOS:
-                    for args in (["--depth", "1"], ["--depth", "3", "--workers", "1", "--queues", "2"]):
-                        with self.subTest(ring=ring, io=io, args=args, BIGHT_SEED=harness.SEED):
-                            shadow = Shadow(bytes(SIZE))
-                            image = harness.write_file(os.path.join(path, "disk.img"), size=SIZE)
-                            with Server(image, ring=ring, io=io, args=args) as server:
-                                model = Model(self, server, shadow, harness.SEED)
-                                model.run(rounds(1000))
-                            model.check_whole(harness.read_file(image))
+            for ring, io in harness.ways():
+                for args in (["--depth", "1"], ["--depth", "3", "--workers", "1", "--queues", "2"]):
+                    with self.subTest(ring=ring, io=io, args=args, BIGHT_SEED=harness.SEED):
+                        shadow = Shadow(bytes(SIZE))
+                        image = harness.write_file(os.path.join(path, "disk.img"), size=SIZE)
+                        with Server(image, ring=ring, io=io, args=args) as server:
+                            model = Model(self, server, shadow, harness.SEED)
+                            model.run(rounds(1000))
+                        model.check_whole(harness.read_file(image))
 
     def test_with_a_block_size(self):
         with harness.scratch_dir() as path:
-            for ring in harness.rings():
-                for io in IOS:
-                    for block in (512, 4096):
-                        with self.subTest(ring=ring, io=io, block=block, BIGHT_SEED=harness.SEED):
-                            shadow = Shadow(bytes(2 * M))
-                            image = harness.write_file(os.path.join(path, "disk.img"), size=2 * M)
-                            with Server(image, ring=ring, io=io, args=["--block-size", block]) as server:
-                                model = Model(self, server, shadow, harness.SEED, aligned=block)
-                                model.run(rounds(1000))
-                            model.check_whole(harness.read_file(image))
+            for ring, io in harness.ways():
+                for block in (512, 4096):
+                    with self.subTest(ring=ring, io=io, block=block, BIGHT_SEED=harness.SEED):
+                        shadow = Shadow(bytes(2 * M))
+                        image = harness.write_file(os.path.join(path, "disk.img"), size=2 * M)
+                        with Server(image, ring=ring, io=io, args=["--block-size", block]) as server:
+                            model = Model(self, server, shadow, harness.SEED, aligned=block)
+                            model.run(rounds(1000))
+                        model.check_whole(harness.read_file(image))
 
 
 class Neighbours(unittest.TestCase):
@@ -295,16 +292,15 @@ class Neighbours(unittest.TestCase):
 
     def each(self, pieces_of, count, faults=""):
         for what, path in self.each_image():
-            for ring in harness.rings():
-                for io in IOS if faults else IOS + (WRITEBACK,):
-                    with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
-                        if not path.startswith("/dev/"):
-                            harness.write_file(path, size=M)
-                        chance = random.Random(harness.SEED)
-                        pieces = pieces_of(chance)
-                        with Server(path, ring=ring, io=f"fault:io={io},{faults}" if faults else io,
-                                    args=["--queues", "4"]) as server:
-                            self.check(server, self.fight(server, pieces, rounds(count), chance), pieces)
+            for ring, io in harness.ways(IOS if faults else IOS + (WRITEBACK,)):
+                with self.subTest(what=what, ring=ring, io=io, BIGHT_SEED=harness.SEED):
+                    if not path.startswith("/dev/"):
+                        harness.write_file(path, size=M)
+                    chance = random.Random(harness.SEED)
+                    pieces = pieces_of(chance)
+                    with Server(path, ring=ring, io=f"fault:io={io},{faults}" if faults else io,
+                                args=["--queues", "4"]) as server:
+                        self.check(server, self.fight(server, pieces, rounds(count), chance), pieces)
 
     def fight(self, server, pieces, rounds_of_all, chance):
         """Every owner writes its own pieces again and again, all in flight together; returns what must be there."""
@@ -353,7 +349,7 @@ class Neighbours(unittest.TestCase):
         """Where two overlap either may win, but outside of the small one only the large one's bytes are right."""
         block, large, small = 4 * K, self.AREA, [(100, 50), (4095, 2), (6000, 1000), (12288, 512), (self.AREA - 3, 3)]
         for what, path in self.each_image():
-            for ring, io, number in itertools.product(harness.rings(), IOS, range(rounds(4))):
+            for (ring, io), number in itertools.product(harness.ways(), range(rounds(4))):
                 with self.subTest(what=what, ring=ring, io=io):
                     if not path.startswith("/dev/"):
                         harness.write_file(path, size=M)
