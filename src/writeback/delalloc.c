@@ -3,14 +3,11 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/statvfs.h>
 
 #include "util/util.h"
 
 #define MAX_PLACES (4 * MiB)         // of a byte each
 #define MAX_RUN_BYTES (1024 * MiB)   // one call to the mapper
-#define MARGIN_BYTES (1 * MiB)       // A2: for the file system's metadata, and
-#define MARGIN_SHARE 64              // that part of what is free
 #define LONE_BYTES CACHE_CHUNK_BYTES // a run without neighbours is rounded to this
 
 int delalloc_create(struct delalloc *delalloc, struct page_cache *cache, struct map *map, int space_fd,
@@ -31,6 +28,11 @@ int delalloc_create(struct delalloc *delalloc, struct page_cache *cache, struct 
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (delalloc->places == MAP_FAILED)
         return -ENOMEM;
+    cache->space = space_get(space_fd);
+    if (!cache->space) {
+        munmap(delalloc->places, delalloc->nr_places);
+        return -ENOMEM;
+    }
     pthread_mutex_init(&delalloc->lock, NULL);
     delalloc_refresh(delalloc);
     return 0;
@@ -38,6 +40,8 @@ int delalloc_create(struct delalloc *delalloc, struct page_cache *cache, struct 
 
 void delalloc_destroy(struct delalloc *delalloc)
 {
+    space_put(delalloc->cache->space, atomic_load(&delalloc->cache->nr_delayed));
+    delalloc->cache->space = NULL;
     pthread_mutex_destroy(&delalloc->lock);
     munmap(delalloc->places, delalloc->nr_places);
 }
@@ -169,17 +173,9 @@ uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
 
 void delalloc_refresh(struct delalloc *delalloc)
 {
-    struct statvfs fs;
-    int64_t max_delayed = INT64_MAX;
+    int64_t max_delayed = atomic_load(&delalloc->is_refused) ? 0 : INT64_MAX;
 
-    if (delalloc->space_fd >= 0 && !fstatvfs(delalloc->space_fd, &fs)) {
-        uint64_t free = (uint64_t)fs.f_bavail * fs.f_frsize;
-        uint64_t margin = MARGIN_BYTES + free / MARGIN_SHARE;
-
-        max_delayed = free > margin ? (int64_t)((free - margin) / CACHE_PAGE_BYTES) : 0;
-    }
-    if (atomic_load(&delalloc->is_refused))
-        max_delayed = 0;
+    space_refresh(delalloc->cache->space, delalloc->space_fd);
     if (!atomic_load(&delalloc->is_tight))
         atomic_store(&delalloc->cache->max_delayed, max_delayed);
 }
@@ -236,14 +232,28 @@ static int allocate_range(struct delalloc *delalloc, uint64_t start, uint64_t en
 
 int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
+    struct page_cache *cache = delalloc->cache;
+    int64_t nr_pages = (int64_t)(round_up(end - start, CACHE_PAGE_BYTES) / CACHE_PAGE_BYTES);
+    struct extent ext;
     uint64_t at;
+    int ret;
 
-    return allocate_range(delalloc, start, end, &at);
+    // A2: promised to this write, until the file system has been asked again.
+    atomic_fetch_add(&cache->space->nr_promised, nr_pages);
+    ret = space_check(cache->space, delalloc->space_fd, atomic_load(&cache->nr_delayed), nr_pages);
+    if (ret < 0 && !map_extent(delalloc->map, start, end - start, false, true, &ext) &&
+        ext.state != EXTENT_HOLE && ext.len_bytes == end - start)
+        ret = 0; // needs none
+    if (!ret)
+        ret = allocate_range(delalloc, start, end, &at);
+    atomic_fetch_sub(&cache->space->nr_promised, nr_pages);
+    return ret;
 }
 
 struct run {
     uint64_t start, end; // of DELAYED pages
     uint64_t first_end;  // of the first of them without a gap
+    int64_t nr_pages;    // that are DELAYED
     bool has_neighbours;
 };
 
@@ -261,7 +271,7 @@ static bool is_full_between(struct delalloc *delalloc, uint64_t start, uint64_t 
 static struct run find_run(struct delalloc *delalloc, uint64_t offset)
 {
     uint64_t unit = delalloc->unit_bytes;
-    struct run run = {.start = offset, .end = offset + CACHE_PAGE_BYTES};
+    struct run run = {.start = offset, .end = offset + CACHE_PAGE_BYTES, .nr_pages = 1};
     struct dirty_at next;
 
     run.first_end = run.end;
@@ -274,6 +284,7 @@ static struct run find_run(struct delalloc *delalloc, uint64_t offset)
         if (next.offset != run.end)
             run.has_neighbours = true;
         run.end = next.offset + CACHE_PAGE_BYTES;
+        run.nr_pages++;
         if (!run.has_neighbours)
             run.first_end = run.end;
     }
@@ -316,7 +327,10 @@ static void round_run(struct delalloc *delalloc, const struct run *run, uint64_t
 // What the file system can give beyond what is promised, in whole units.
 static uint64_t room_bytes(struct delalloc *delalloc)
 {
-    int64_t left = atomic_load(&delalloc->cache->max_delayed) - atomic_load(&delalloc->cache->nr_delayed);
+    struct page_cache *cache = delalloc->cache;
+    int64_t left = atomic_load(&cache->space->max_promised) - atomic_load(&cache->space->nr_promised);
+
+    left = min_of(left, atomic_load(&cache->max_delayed) - atomic_load(&cache->nr_delayed));
 
     left = left < 0 ? 0 : (int64_t)min_of((uint64_t)left, MAX_RUN_BYTES / CACHE_PAGE_BYTES * 2);
     return round_down((uint64_t)left * CACHE_PAGE_BYTES, delalloc->unit_bytes);
@@ -327,13 +341,20 @@ int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end)
     struct run run = find_run(delalloc, offset);
     uint64_t page_end = min_of(offset + CACHE_PAGE_BYTES, delalloc->size_bytes);
     uint64_t start, at = offset;
+    _Atomic int64_t *nr_promised = &delalloc->cache->space->nr_promised;
     int ret;
 
     atomic_fetch_add(&delalloc->nr_runs, 1);
     round_run(delalloc, &run, &start, end);
     *end = min_of(*end, start + room_bytes(delalloc));
     if (*end >= page_end) {
+        // A2: nobody gets what rounding takes.
+        int64_t extra = (int64_t)((*end - start) / CACHE_PAGE_BYTES) - run.nr_pages;
+
+        extra = max_of(extra, 0);
+        atomic_fetch_add(nr_promised, extra);
         ret = allocate_range(delalloc, start, *end, &at);
+        atomic_fetch_sub(nr_promised, extra);
         if (!ret || at >= page_end)
             return 0; // the rest has its turn
     }

@@ -3,8 +3,9 @@
 //
 //  A1. A write is taken only where the place is known (not UNKNOWN): what has no space below for certain
 //      is DELAYED, and a DELAYED page is a promise that max_delayed bounds.
-//  A2. What is promised is less than what the file system had free when it was last asked, with a margin
-//      for its own metadata. It is asked again before promises that were kept are given back.
+//  A2. What is promised, by all devices on that file system (space.h), is less than what it had free when
+//      it was last asked, with a margin for its own metadata. It is asked again before promises that were
+//      kept are given back. Nothing is allocated of what was promised to another device.
 //  A3. What is known changes to "takes no space" before a hole is punched, and from "takes space" never
 //      the other way round behind a punch that came meanwhile (nr_punches).
 //  A4. FRESH: allocated, and nothing was ever written there. Only write-back writes below in such places,

@@ -240,13 +240,39 @@ static uint8_t touched_bits(const struct page_cache *cache, uint64_t start, uint
     return sector_bits(cache, round_down(start, cache->sector_bytes), round_up(end, cache->sector_bytes));
 }
 
+// P4. -ENOSPC: not so many.
+static int reserve(struct page_cache *cache)
+{
+    struct space *space = cache->space;
+
+    if (atomic_fetch_add(&cache->nr_delayed, 1) >=
+        atomic_load_explicit(&cache->max_delayed, memory_order_relaxed))
+        goto out;
+    if (!space)
+        return 0;
+    if (atomic_fetch_add(&space->nr_promised, 1) <
+        atomic_load_explicit(&space->max_promised, memory_order_relaxed))
+        return 0;
+    atomic_fetch_sub(&space->nr_promised, 1);
+out:
+    atomic_fetch_sub(&cache->nr_delayed, 1);
+    return -ENOSPC;
+}
+
+static void unreserve(struct page_cache *cache)
+{
+    atomic_fetch_sub(&cache->nr_delayed, 1);
+    if (cache->space)
+        atomic_fetch_sub(&cache->space->nr_promised, 1);
+}
+
 static void page_set_flag(struct page_cache *cache, struct cache_page *page, uint8_t flag, bool is_set)
 {
     if (!!(page->flags & flag) == is_set)
         return;
     page->flags ^= flag;
     if (flag == PAGE_DELAYED)
-        atomic_fetch_add(&cache->nr_delayed, is_set ? 1 : -1);
+        unreserve(cache); // set by page_enter() alone
     else if (flag == PAGE_FAILED)
         atomic_fetch_add(&cache->nr_failed, is_set ? 1U : -1U);
 }
@@ -255,15 +281,12 @@ static void page_set_flag(struct page_cache *cache, struct cache_page *page, uin
 static int page_enter(struct page_cache *cache, struct cache_chunk *chunk, struct cache_page *page,
                       bool is_delayed)
 {
-    if (is_delayed && atomic_fetch_add(&cache->nr_delayed, 1) >=
-                          atomic_load_explicit(&cache->max_delayed, memory_order_relaxed)) {
-        atomic_fetch_sub(&cache->nr_delayed, 1);
+    if (is_delayed && reserve(cache) < 0)
         return -ENOSPC;
-    }
     page->frame = frame_get(cache);
     if (!page->frame) {
         if (is_delayed)
-            atomic_fetch_sub(&cache->nr_delayed, 1);
+            unreserve(cache);
         return -ENOMEM;
     }
     page->flags = is_delayed ? PAGE_DELAYED : 0;

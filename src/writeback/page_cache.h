@@ -6,7 +6,8 @@
 //  P2. Sectors have their own valid and dirty bits: a write of whole sectors reads nothing.
 //  P3. What is under write-back does not change: a write to such a page goes to a copy (COPIED), and the
 //      page's old frame lives until its last write-back is over.
-//  P4. nr_delayed is the reservation, in pages: a page is DELAYED exactly as long as it is counted there.
+//  P4. nr_delayed is the reservation, in pages: a page is DELAYED exactly as long as it is counted there,
+//      and in the nr_promised of its space.
 //  P5. Memory is bounded by what the cache was created with, bookkeeping included: there is a chunk for
 //      every frame, which is the worst case, and it is taken when it is touched.
 //
@@ -18,6 +19,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
+
+#include "writeback/space.h"
 
 #define CACHE_PAGE_BYTES 4096U
 #define CACHE_CHUNK_PAGES 16U
@@ -69,7 +72,8 @@ struct page_cache {
     atomic_uint nr_used; // frames, with those of P3
     atomic_uint nr_dirty;
     _Atomic int64_t nr_delayed;  // P4
-    _Atomic int64_t max_delayed; // what may be promised
+    _Atomic int64_t max_delayed; // what may be promised, and no more than space has
+    struct space *space;         // before anything is DELAYED; NULL: without an end
     atomic_uint nr_failed;
 };
 

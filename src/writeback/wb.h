@@ -17,7 +17,7 @@
 // Threads: the first queue's owns the flusher's state; one worker at a time gathers; slots are written by
 // all queues in turn; requests stay on their own queue's thread.
 //
-// Lock order: lock, and the locks of page_cache.h and delalloc.h, are taken one at a time, but for
+// Lock order: lock, and the locks of page_cache.h, delalloc.h and space.h, are taken one at a time, but for
 // shard -> pool_lock.
 #pragma once
 

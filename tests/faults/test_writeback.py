@@ -143,6 +143,30 @@ class FullDisk(Case):
                 self.check(lambda at, length: data[at:at + length], held)
 
 
+    def test_what_is_promised_to_one_image_is_not_promised_to_another(self):
+        size = 128 * M
+        for kind in ("xfs", "ext4"):
+            with self.subTest(kind=kind), harness.filesystem(kind, 400 * M) as point:
+                images = [harness.write_file(os.path.join(point, f"{name}.img"), size=size) for name in "ab"]
+                with open(os.path.join(point, "filler"), "wb") as file:
+                    stat = os.statvfs(point)
+                    os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize - 12 * M)
+                args = ["--writeback=64M", "--name", "a", "--name", "b"]
+                with Server(*images, args=args) as server, \
+                        server.connect(export="a") as a, server.connect(export="b") as b:
+                    held, refused, chance = ({}, {}), [0, 0], random.Random(3)
+                    while min(refused) < 32:
+                        for number, client in enumerate((a, b)):
+                            refused[number] += self.write(client, size, chance, held[number])
+                    for client, pages in zip((a, b), held):
+                        client.flush()
+                        self.assertGreater(len(pages), 200)
+                        self.check(client.read, pages)
+                for image, pages in zip(images, held):
+                    data = harness.read_file(image)
+                    self.check(lambda at, length, data=data: data[at:at + length], pages)
+
+
 class Limits(Case):
     def test_memory_is_bounded_when_each_page_has_one_sector(self):
         if harness.sanitized():
