@@ -210,8 +210,8 @@ static int attach_hold(struct attach *attach, struct err *err)
     return ret;
 }
 
-// For bight recover.
-static void attach_remember(const struct attach *attach)
+// For bight recover, and what makes the directory a device's (Y3).
+static int attach_remember(const struct attach *attach, struct err *err)
 {
     struct json_object *object = json_object_new_object(), *argv = json_object_new_array();
     int ret;
@@ -222,8 +222,10 @@ static void attach_remember(const struct attach *attach)
     json_object_object_add(object, "argv", argv);
     ret = state_write(&attach->state, "command", json_object_to_json_string(object));
     if (ret < 0)
-        log_line("%s: %s; bight recover will not know it", attach->state.path, strerror(-ret));
+        err_set(err, ret, "%s: writing there: %s; make room, or set BIGHT_RUN_DIR", attach->state.path,
+                strerror(-ret));
     json_object_put(object);
+    return ret;
 }
 
 // Everything from the name on, in the process that stays. answer_fd: see supervisor.h; -1: stdout and stderr
@@ -239,8 +241,9 @@ static int attach_run(struct attach *attach, int answer_fd)
     ret = attach_claim(attach, &err);
     if (ret < 0)
         goto out;
-    attach_remember(attach); // Y3
-    ret = attach_hold(attach, &err);
+    ret = attach_remember(attach, &err);
+    if (!ret)
+        ret = attach_hold(attach, &err);
     if (ret < 0) {
         state_remove(&attach->state);
         goto out;

@@ -296,6 +296,7 @@ char *state_read(const struct state *state, const char *file)
 int state_write(const struct state *state, const char *file, const char *text)
 {
     size_t len = strlen(text);
+    ssize_t n;
     char made[32];
     int fd, ret = 0;
 
@@ -303,8 +304,9 @@ int state_write(const struct state *state, const char *file, const char *text)
     fd = openat(state->fd, made, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
-    if (write(fd, text, len) != (ssize_t)len)
-        ret = -EIO;
+    n = write(fd, text, len);
+    if (n != (ssize_t)len)
+        ret = n < 0 ? -errno : -ENOSPC;
     close(fd);
     if (!ret && renameat(state->fd, made, state->fd, file) < 0)
         ret = -errno;

@@ -188,6 +188,17 @@ class Images(Attached):
                 self.assertRegex(done.stderr, rf"^bight: [^\n]*{re.escape(text)}[^\n]*\n$")
                 self.assertEqual(os.listdir(self.run_dir), [])
 
+    @harness.need_root
+    def test_a_run_directory_without_room_is_refused_and_left_empty(self):
+        full = self.path("full")
+        os.mkdir(full)
+        harness.run("mount", "-t", "tmpfs", "-o", "size=4k", "none", full)
+        self.addCleanup(harness.run, "umount", full)
+        harness.write_file(os.path.join(full, "fill"), bytes(4 * K))
+        done = harness.run(harness.BIGHT, "attach", self.image(size=M), status=1, env=self.env() | {"BIGHT_RUN_DIR": full})
+        self.assertRegex(done.stderr, "^bight: .*: No space left on device; make room, or set BIGHT_RUN_DIR\n$")
+        self.assertEqual(os.listdir(full), ["fill"])
+
     def test_what_the_caller_has_open_is_not_kept_open(self):
         ours, theirs = os.pipe()
         command = [harness.BIGHT, "attach", self.image(size=M), *self.nbd()]
