@@ -677,6 +677,64 @@ class Places(harness.Case):
         finally:
             run("chattr", "-i", path)
 
+    def test_kinds_of_ext4(self):
+        for options in (["-b", "1024"], ["-O", "bigalloc"], ["-O", "inline_data"], ["-O", "^extents,^64bit"]):
+            with self.subTest(options=options), harness.loop_device(400 * M) as device:
+                run(*harness.MKFS["ext4"], *options, device)
+                with harness.mounted(device, "ext4") as point:
+                    other = harness.write_file(f"{point}/other", b"o" * M)
+                    path = harness.write_file(f"{point}/disk.img", b"x" * M)
+                    os.truncate(path, 2 * M)
+                    with served(path) as server, server.connect() as client:
+                        client.write(64 * K, b"y" * 64 * K)  # is there
+                        client.write(M + 64 * K, b"z" * 64 * K)  # is a hole
+                        client.flush()
+                        wait_until(lambda: status(server)["bytes"] >= M, "redirection")  # pylint: disable=cell-var-from-loop
+                        expected = b"x" * 64 * K + b"y" * 64 * K + b"x" * (M - 128 * K) + bytes(64 * K) + b"z" * 64 * K
+                        self.assertEqual(client.read(0, M + 128 * K), expected)
+                    self.assertEqual(harness.read_file(path)[:M + 128 * K], expected)
+                    self.assertEqual(harness.read_file(other), b"o" * M)
+                check_filesystem("ext4", device)
+
+    def write_and_compare(self, path):
+        harness.write_file(path, b"x" * M)
+        with served(path) as server, server.connect() as client:
+            client.write(64 * K, b"y" * 64 * K)
+            client.flush()
+            self.assertEqual(client.read(0, M), b"x" * 64 * K + b"y" * 64 * K + b"x" * (M - 128 * K))
+            self.assertEqual(status(server)["bytes"], M)
+        self.assertEqual(harness.read_file(path), b"x" * 64 * K + b"y" * 64 * K + b"x" * (M - 128 * K))
+
+    def test_a_bind_mount(self):
+        for kind in KINDS:
+            with self.subTest(kind), filesystem(kind, 400 * M) as point, harness.scratch_dir() as bound:
+                run("mount", "--bind", point, bound)
+                try:
+                    self.write_and_compare(f"{bound}/disk.img")
+                finally:
+                    run("umount", bound)
+
+    def test_a_device_with_sectors_of_4_KiB(self):
+        for kind in KINDS:
+            with self.subTest(kind), filesystem(kind, 400 * M, sector=4096) as point:
+                self.write_and_compare(f"{point}/disk.img")
+
+    @harness.need("sfdisk", "partx")
+    def test_a_partition(self):
+        """Extents count from the start of the partition, and so does its node."""
+        for kind in KINDS:
+            with self.subTest(kind), harness.loop_device(400 * M) as device:
+                run("sfdisk", "-q", device, input="start=40960\n", stdin=None)
+                run("partx", "-u", device, status=None)
+                part = f"{device}p1"
+                if not os.path.exists(part):
+                    self.skipTest("the kernel finds no partitions, or nobody makes their nodes")
+                run(*harness.MKFS[kind], part)
+                with harness.mounted(part, kind) as point:
+                    self.write_and_compare(f"{point}/disk.img")
+                check_filesystem(kind, part)
+                run("partx", "-d", device)
+
     def test_many_images_on_one_file_system(self):
         """What one of them gives back another one takes."""
         for kind in KINDS:
