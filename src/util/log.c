@@ -1,9 +1,11 @@
 #include "util/log.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "util/util.h"
 
@@ -13,12 +15,34 @@
 
 bool log_is_verbose;
 
+// One line whatever names are in it. One that is too long loses its middle: the reason stands at the end.
+static void format_line(char *line, size_t line_bytes, const char *fmt, va_list ap)
+{
+    static const char cut[] = "...";
+    size_t head_bytes = line_bytes / 2, tail_bytes = line_bytes - head_bytes - strlen(cut), len;
+    char text[8192];
+
+    vsnprintf(text, sizeof(text), fmt, ap);
+    len = strlen(text);
+    for (size_t i = 0; i < len; i++) {
+        if (iscntrl((unsigned char)text[i]))
+            text[i] = '?';
+    }
+    if (len < line_bytes) {
+        memcpy(line, text, len + 1);
+        return;
+    }
+    memcpy(line, text, head_bytes);
+    memcpy(line + head_bytes, cut, strlen(cut));
+    memcpy(line + line_bytes - tail_bytes, text + len + 1 - tail_bytes, tail_bytes);
+}
+
 static void log_v(const char *fmt, va_list ap)
 {
     char line[640];
 
     // One write for the line: threads and processes that share stderr do not mix theirs.
-    vsnprintf(line, sizeof(line), fmt, ap);
+    format_line(line, sizeof(line), fmt, ap);
     fprintf(stderr, "bight: %s\n", line);
 }
 
@@ -69,7 +93,7 @@ int err_set(struct err *err, int code, const char *fmt, ...)
     va_list ap;
 
     va_start(ap, fmt);
-    vsnprintf(err->line, sizeof(err->line), fmt, ap);
+    format_line(err->line, sizeof(err->line), fmt, ap);
     va_end(ap);
     return code;
 }
@@ -79,7 +103,7 @@ int err_usage(struct err *err, const char *fmt, ...)
     va_list ap;
 
     va_start(ap, fmt);
-    vsnprintf(err->line, sizeof(err->line), fmt, ap);
+    format_line(err->line, sizeof(err->line), fmt, ap);
     va_end(ap);
     err->is_usage = true;
     return -EINVAL;

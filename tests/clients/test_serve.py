@@ -196,6 +196,13 @@ class Images(ServeCase):
                         continue
                     self.refuse_image(path, *options)
 
+    def test_strange_names_are_told_in_one_line_with_the_reason(self):
+        for name in ("new\nline", "escape\033[2J", "x" * 255, "y/" * 2000, "z" * 5000, "-dash", " ", "%s%n"):
+            with self.subTest(name=name):
+                told = self.refuse_image(self.path(name))
+                self.assertRegex(told, "No such file|File name too long")
+                self.assertTrue(told.rstrip("\n").isprintable(), told)
+
     def test_a_bad_image_among_good_ones(self):
         good = self.image(size=SIZE)
         self.refuse_image(good, self.path("missing"))

@@ -183,8 +183,12 @@ static void an_error_has_one_line_that_is_cut_rather_than_overflown(void **state
     text[sizeof(text) - 1] = '\0';
     assert_int_equal(err_set(&err, -EIO, "%s: %d", "disk", 7), -EIO);
     assert_string_equal(err.line, "disk: 7");
-    assert_int_equal(err_set(&err, -EINVAL, "%s", text), -EINVAL);
+    assert_int_equal(err_set(&err, -EINVAL, "begin %s end", text), -EINVAL);
     assert_int_equal(strlen(err.line), sizeof(err.line) - 1);
+    assert_memory_equal(err.line, "begin x", 7);
+    assert_string_equal(err.line + strlen(err.line) - 5, "x end");
+    err_usage(&err, "%s", "a\nb\tc\033d\177\303\244"); // names may hold anything
+    assert_string_equal(err.line, "a?b?c?d?\303\244");
 }
 
 static int bind_datagram(const struct sockaddr_un *sun, socklen_t len)
