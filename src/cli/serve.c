@@ -10,6 +10,7 @@
 #include "control/worker.h"
 #include "util/log.h"
 #include "util/notify.h"
+#include "util/util.h"
 
 // clang-format off
 static const char serve_help[] =
@@ -27,6 +28,10 @@ static const char serve_help[] =
 static int serve_check_names(const struct options *options, struct err *err)
 {
     for (unsigned i = 0; i < options->nr_images; i++) {
+        // "Conventions" of the NBD protocol: clients may take a LIST with anything else for rubbish.
+        if (!util_is_utf8(options_name(options, i)))
+            return err_usage(err, "%s: its export name is not UTF-8; give it another by --name",
+                             options->images[i]);
         for (unsigned j = 0; j < i; j++) {
             if (!strcmp(options_name(options, i), options_name(options, j)))
                 return err_usage(err, "%s: two exports would be called %s; use --name for each",

@@ -1,6 +1,7 @@
 // Small things that everybody needs: no state, no allocation.
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -42,3 +43,6 @@ int util_parse_size(const char *text, uint64_t *bytes);
 
 // A decimal number in [min, max]. 0, -EINVAL or -ERANGE.
 int util_parse_uint(const char *text, unsigned long min, unsigned long max, unsigned long *value);
+
+// Whether text is well-formed UTF-8 (RFC 3629).
+bool util_is_utf8(const char *text);

@@ -93,6 +93,14 @@ class Usage(ServeCase):
             client.greet()
             self.assertEqual(client.list().keys(), {"a", "b"})
 
+    def test_names_that_are_not_utf8(self):
+        wrong = os.fsdecode(b"caf\xe9")
+        image = self.image(harness.pattern(SIZE), name=wrong)
+        self.assertIn("--name", self.refuse_image(image, status=2))
+        self.refuse_image(self.image(size=SIZE), "--name", wrong, status=2)
+        with Server(image, args=["--name", "café"]) as server:
+            self.assert_serves(server.socket, harness.pattern(SIZE), "café")
+
 
 class Images(ServeCase):
     def test_several_images_are_several_exports(self):

@@ -191,6 +191,38 @@ static void an_error_has_one_line_that_is_cut_rather_than_overflown(void **state
     assert_string_equal(err.line, "a?b?c?d?\303\244");
 }
 
+static void utf8_is_told_from_other_bytes(void **state)
+{
+    static const char *const good[] = {"",
+                                       "disk.img",
+                                       "n\303\244me",
+                                       "\342\202\254",
+                                       "\360\237\222\276",
+                                       "\177",
+                                       "\364\217\277\277",
+                                       "\355\237\277\356\200\200"};
+    static const char *const bad[] = {"caf\351",
+                                      "\200",
+                                      "\303",
+                                      "\303(",
+                                      "\342\202",
+                                      "\342\202x",
+                                      "\360\237\222",
+                                      "\300\257",
+                                      "\340\200\200",
+                                      "\355\240\200",
+                                      "\360\200\200\200",
+                                      "\364\220\200\200",
+                                      "\377",
+                                      "x\370\210\200\200\200"};
+
+    (void)state;
+    for (unsigned i = 0; i < ARRAY_SIZE(good); i++)
+        assert_true(util_is_utf8(good[i]));
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
+        assert_false(util_is_utf8(bad[i]));
+}
+
 static int bind_datagram(const struct sockaddr_un *sun, socklen_t len)
 {
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -306,6 +338,7 @@ int main(void)
         cmocka_unit_test(big_endian_numbers_stand_at_any_address),
         cmocka_unit_test(lists_are_copied_and_zeroed_like_flat_memory),
         cmocka_unit_test(an_error_has_one_line_that_is_cut_rather_than_overflown),
+        cmocka_unit_test(utf8_is_told_from_other_bytes),
         cmocka_unit_test(readiness_is_told_to_the_socket_named),
         cmocka_unit_test(readiness_is_told_to_an_abstract_socket),
         cmocka_unit_test(no_socket_or_a_strange_one_is_no_error),
