@@ -81,6 +81,12 @@ const char *ask_size(char text[32], uint64_t bytes)
     return text;
 }
 
+void ask_put(const char *text)
+{
+    for (; text && *text; text++)
+        putchar((unsigned char)*text < ' ' || *text == 0x7f ? '?' : *text);
+}
+
 void ask_print(struct json_object *answer, bool is_json)
 {
     struct json_object_iterator at, end;
@@ -99,7 +105,9 @@ void ask_print(struct json_object *answer, bool is_json)
         struct json_object *value = json_object_iter_peek_value(&at);
 
         if (!json_object_is_type(value, json_type_array)) {
-            printf("%-22s %s\n", key, json_object_get_string(value));
+            printf("%-22s ", key);
+            ask_put(json_object_get_string(value));
+            puts("");
             continue;
         }
         for (size_t i = 0; i < json_object_array_length(value); i++) { // transports

@@ -17,6 +17,9 @@ int ask_failed(const struct err *err);
 // Asks who is called that. request is taken over. The answer, or NULL with err set.
 struct json_object *ask(const char *who, struct json_object *request, struct err *err);
 
+// What others have named, on one line and without commands to the terminal. NULL: nothing.
+void ask_put(const char *text);
+
 // An answer as a table for people, or as JSON.
 void ask_print(struct json_object *answer, bool is_json);
 

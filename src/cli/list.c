@@ -39,9 +39,14 @@ static void list_add(const char *name, void *arg)
 
 static void list_print_row(const char *const cells[LIST_COLUMNS], const size_t widths[LIST_COLUMNS])
 {
-    for (unsigned c = 0; c + 1 < LIST_COLUMNS; c++)
-        printf("%-*s  ", (int)widths[c], *cells[c] ? cells[c] : "-");
-    puts(*cells[LIST_COLUMNS - 1] ? cells[LIST_COLUMNS - 1] : "-");
+    for (unsigned c = 0; c + 1 < LIST_COLUMNS; c++) {
+        const char *cell = *cells[c] ? cells[c] : "-";
+
+        ask_put(cell);
+        printf("%*s", (int)(widths[c] - min_of(widths[c], strlen(cell))) + 2, "");
+    }
+    ask_put(*cells[LIST_COLUMNS - 1] ? cells[LIST_COLUMNS - 1] : "-");
+    puts("");
 }
 
 static void list_print(struct json_object *list)

@@ -188,6 +188,14 @@ class Images(Attached):
                 self.assertRegex(done.stderr, rf"^bight: [^\n]*{re.escape(text)}[^\n]*\n$")
                 self.assertEqual(os.listdir(self.run_dir), [])
 
+    def test_tables_have_a_line_a_device_whatever_its_image_is_called(self):
+        """Nor does a name command the terminal."""
+        self.attach(self.image(size=M, name="a\n\x1b[2J\"ü.img"), *self.nbd("sock"))
+        self.assertRegex(self.bight("list"), r'^NAME .*\n.*/a\?\?\[2J"ü\.img$')
+        name = next(iter(self.list()))
+        self.assertIn('/a??[2J"ü.img\n', self.bight("show", name))
+        self.assertTrue(self.show(name)["image"].endswith('/a\n\x1b[2J"ü.img'))
+
     @harness.need_root
     def test_a_run_directory_without_room_is_refused_and_left_empty(self):
         full = self.path("full")
