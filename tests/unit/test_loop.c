@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "transport/fuse/loop.h"
+#include "transport/holders.h"
 #include "util/util.h"
 
 #define FILE_BYTES (8 * MiB)
@@ -105,7 +106,7 @@ static void a_device_that_is_open_is_busy_or_goes_with_its_last_close(void **sta
 
     (void)state;
     make_device(&scratch, &(struct loop_options){.is_buffered = true});
-    assert_false(loop_holders(scratch.device, text, sizeof(text)));
+    assert_false(holders_of_device(scratch.device, text, sizeof(text)));
     assert_string_equal(text, "");
     assert_int_equal(pipe(pipe_fds), 0);
     pid = fork();
@@ -119,7 +120,7 @@ static void a_device_that_is_open_is_busy_or_goes_with_its_last_close(void **sta
             pause();
     }
     assert_int_equal(read(pipe_fds[0], text, 1), 1);
-    assert_true(loop_holders(scratch.device, text, sizeof(text)));
+    assert_true(holders_of_device(scratch.device, text, sizeof(text)));
     assert_non_null(strstr(text, "opened by "));
     assert_int_equal(loop_detach(scratch.device, false, &err), -EBUSY);
     assert_non_null(strstr(err.line, "opened by "));
@@ -147,7 +148,7 @@ static void what_is_no_device_is_refused_in_one_line(void **state)
     assert_true(loop_detach("/dev/no-such-loop", false, &err) < 0);
     assert_non_null(strstr(err.line, "/dev/no-such-loop: "));
     assert_true(loop_resize("/dev/no-such-loop", &err) < 0);
-    assert_false(loop_holders("/dev/no-such-loop", text, sizeof(text)));
+    assert_false(holders_of_device("/dev/no-such-loop", text, sizeof(text)));
 }
 
 int main(void)

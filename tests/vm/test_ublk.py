@@ -256,12 +256,15 @@ class TestAttached(UblkCase):
             d=$(bight attach /tmp/disk.img); echo $d; bight list; bight show disk --json >/dev/null
             mkfs.ext4 -q $d; mount $d /mnt; echo hello >/mnt/hello
             bight detach disk || echo $?
-            umount /mnt; bight detach disk; [ ! -e $d ]; [ ! -e /dev/ublkc0 ]
+            umount /mnt; sleep 1000 <$d & reader=$!
+            bight detach disk || echo $?
+            kill $reader; wait $reader || true
+            bight detach disk; [ ! -e $d ]; [ ! -e /dev/ublkc0 ]
             [ "$(bight attach --ublk=7 --name other /tmp/disk.img)" = /dev/ublkb7 ]
             mount /dev/ublkb7 /mnt; [ "$(cat /mnt/hello)" = hello ]; umount /mnt; bight detach /dev/ublkb7
             [ -z "$(bight list)" ]""")
         self.assertRegex(output, r"^/dev/ublkb0\n(.*\n)*disk +running +.*/dev/ublkb0 ")
-        self.assertRegex(output, r"ublkb0: is mounted on /mnt; unmount it first.*\n1\n")
+        self.assertRegex(output, r"ublkb0: mounted on /mnt; .*\n1\n.*ublkb0: opened by \w+ \(\d+\); .*\n1\n")
 
     def kill_workers_under_load(self, number, load, timeout=PATIENCE):
         """In the middle of I/O, some times over: fio finds every block as it wrote it."""

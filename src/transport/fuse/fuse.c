@@ -13,7 +13,7 @@
 
 #include "core/device.h"
 #include "core/queue.h"
-#include "transport/fuse/loop.h"
+#include "transport/holders.h"
 #include "transport/fuse/mount.h"
 #include "util/util.h"
 
@@ -244,7 +244,7 @@ static int fuse_busy(struct transport *transport, struct err *err)
         const char *addr = server->files[i].hold->addr;
         char path[PATH_MAX], text[300];
 
-        if (fuse_path(addr, path) && loop_file_holders(path, text, sizeof(text)))
+        if (fuse_path(addr, path) && holders_of_file(path, text, sizeof(text)))
             return err_set(err, -EBUSY, "%s: %s", addr, text);
     }
     return 0;

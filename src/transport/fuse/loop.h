@@ -35,11 +35,3 @@ int loop_backing_file(const char *device, char *path, size_t path_bytes);
 
 // The devices that are on the file at the absolute path, at most max: how many.
 unsigned loop_find(const char *path, char (*devices)[LOOP_DEVICE_BYTES], unsigned max);
-
-// Who has the device or one of its partitions: where it is mounted, what is stacked on it, which
-// processes have it open ("mounted on /mnt, opened by mkfs (1234)"). false: nobody that can be seen, and
-// text is empty. Who is not root does not see other users' processes.
-bool loop_holders(const char *device, char *text, size_t text_bytes);
-
-// Which processes have the file at the absolute path open, in the same words. The file itself is not touched.
-bool loop_file_holders(const char *path, char *text, size_t text_bytes);

@@ -5,7 +5,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <mntent.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +15,7 @@
 #include <unistd.h>
 
 #include "core/device.h"
+#include "transport/holders.h"
 #include "transport/ublk/ctrl.h"
 #include "util/util.h"
 
@@ -548,41 +548,16 @@ static void ublk_uri(const struct transport_hold *hold, char *uri, unsigned uri_
     snprintf(uri, uri_bytes, "%s", path);
 }
 
-// Where the device or a partition of it is mounted.
-static bool find_mount(const char *path, char *where, size_t where_bytes)
-{
-    FILE *mounts = setmntent("/proc/self/mounts", "re");
-    size_t len = strlen(path);
-    struct mntent *entry;
-    bool is_found = false;
-
-    while (mounts && !is_found && (entry = getmntent(mounts))) {
-        is_found = !strncmp(entry->mnt_fsname, path, len) && strchr("p", entry->mnt_fsname[len]);
-        if (is_found)
-            snprintf(where, where_bytes, "%s", entry->mnt_dir);
-    }
-    if (mounts)
-        endmntent(mounts);
-    return is_found;
-}
-
-// Who has it for himself: a mount, device-mapper, swap.
 static int ublk_busy(struct transport *transport, struct err *err)
 {
     struct ublk_server *server = container_of(transport, struct ublk_server, transport);
 
     for (unsigned i = 0; i < server->nr_disks; i++) {
-        char path[UBLK_PATH_BYTES], where[256];
-        int fd;
+        char path[UBLK_PATH_BYTES], holders[300];
 
         ublk_ctrl_path(path, 'b', server->disks[i].ctrl.id);
-        fd = open(path, O_RDONLY | O_EXCL | O_NONBLOCK | O_CLOEXEC);
-        if (fd >= 0)
-            close(fd);
-        else if (errno == EBUSY && find_mount(path, where, sizeof(where)))
-            return err_set(err, -EBUSY, "%s: is mounted on %s; unmount it first", path, where);
-        else if (errno == EBUSY)
-            return err_set(err, -EBUSY, "%s: is in use; see lsblk %s for who has it", path, path);
+        if (holders_of_device(path, holders, sizeof(holders)))
+            return err_set(err, -EBUSY, "%s: %s", path, holders);
     }
     return 0;
 }
