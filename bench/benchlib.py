@@ -304,7 +304,9 @@ class Attached:
     def __init__(self, bight, options, image, run_dir):
         self.bight, self.run_dir, self.usage = bight, run_dir, None
         self.argv = [bight, "attach", *options, image]
+        began = time.perf_counter()
         self.device = self.call("attach", *options, image)
+        self.attach_ms = (time.perf_counter() - began) * 1000
         self.name = os.listdir(self.run_dir)[0]
         self.pid = json.loads(self.call("show", "--json", self.name))["worker_pid"]
 
