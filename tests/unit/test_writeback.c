@@ -376,6 +376,7 @@ static void load_begins_and_ends_by_itself(void **state)
 static void a_part_of_a_sector_waits_for_what_passes_the_cache_by(void **state)
 {
     static _Alignas(4096) char whole[4096];
+    char parts[] = "parts";
     struct fixture fixture = begin(state, &(struct fixture_options){.io = "fault:write.delay=1:50"});
     struct device *dev = fixture.dev;
     struct fixture_rq frq, part;
@@ -386,7 +387,7 @@ static void a_part_of_a_sector_waits_for_what_passes_the_cache_by(void **state)
     load(dev, true);
     memset(whole, 'w', sizeof(whole));
     fixture_rq_init(&frq, REQ_OP_WRITE, 0, 8192, whole, sizeof(whole));
-    fixture_rq_init(&part, REQ_OP_WRITE, 0, 8192, "parts", 5);
+    fixture_rq_init(&part, REQ_OP_WRITE, 0, 8192, parts, 5);
     fixture_submit(&dev->queues[0], &frq);
     fixture_submit(&dev->queues[0], &part);
     assert_int_equal(fixture_wait(&frq), 0);
