@@ -17,19 +17,28 @@ int extent_map_grow(struct extent_map *map, uint64_t size_bytes)
 
     if (nr_regions <= map->nr_regions)
         return 0;
-    regions = realloc(map->regions, nr_regions * sizeof(*regions));
+    // Zeroed by the kernel page by page as they are used: of 64 TiB they are 32 MiB.
+    regions = calloc(nr_regions, sizeof(*regions));
     if (!regions)
         return -ENOMEM;
+    for (uint64_t i = 0; i < map->nr_regions; i++) {
+        struct region *region = atomic_load(&map->regions[i]);
+
+        if (region)
+            atomic_init(&regions[i], region);
+    }
+    free(map->regions);
     map->regions = regions;
-    while (map->nr_regions < nr_regions)
-        atomic_init(&regions[map->nr_regions++], NULL);
+    map->nr_regions = nr_regions;
     return 0;
 }
 
 void extent_map_destroy(struct extent_map *map)
 {
-    for (uint64_t i = 0; i < map->nr_regions; i++)
-        region_free(extent_map_replace(map, i, NULL));
+    for (uint64_t i = 0; i < map->nr_regions; i++) {
+        if (atomic_load(&map->regions[i]))
+            region_free(extent_map_replace(map, i, NULL));
+    }
     free(map->regions);
     map->regions = NULL;
     map->nr_regions = 0;
