@@ -22,7 +22,7 @@
 #define FUNCTIONS(of)                                                                            \
     of(start_daemon) of(stop_daemon) of(run) of(get_daemon_info) of(create_response_from_buffer) \
         of(add_response_header) of(queue_response) of(destroy_response)
-#define POINTER(name) __typeof__(MHD_##name) *name;
+#define POINTER(name) __typeof__ (&MHD_##name)(name);
 #define LOOK_UP(name) &&(mhd.name = (__typeof__(mhd.name))dlsym(library, "MHD_" #name))
 static struct {
     FUNCTIONS(POINTER)
