@@ -648,7 +648,15 @@ class Refusals(harness.Case):
         self.assertEqual(harness.read_file(f"{self.point}/snapshot"), b"s" * M)
         self.assertEqual(harness.read_file(path), b"n" * 2 * M)
 
+    @harness.need("strace")
     def test_contents_that_do_not_match(self):
+        """What is read from the device, the second of each pair of reads, is another byte at its begin."""
+        self.on("ext4")
+        path = harness.write_file(f"{self.point}/disk.img", b"x" * M)
+        wrap = ["strace", "-f", "-o", "/dev/null", "-e", "inject=pread64:poke_exit=@arg2=79:when=2+2"]
+        self.refused("has something else at byte", path=path, wrap=wrap)
+
+    def test_another_device_at_its_node(self):
         """A file system on a device that is not the one of its number: a bind mount over the node."""
         self.on("ext4")
         path = harness.write_file(f"{self.point}/disk.img", b"x" * M)
