@@ -18,7 +18,7 @@ try:
 except ImportError:
     nbd = None
 
-SIZE = 32 * M
+SIZE = 16 * M
 
 
 class Clients:
