@@ -641,14 +641,15 @@ static bool is_being_written(const struct writeback *wb, uint64_t start, uint64_
     return false;
 }
 
-// The image below has the zeroes, or not (then the cache is what it was): that was the whole request.
+// The image below has the zeroes, or not (then the cache is what it was): that was the whole request. A
+// discard that cannot be done is no error, and what was there before is not to come back by it.
 static void zeroed(struct rq *rq)
 {
     struct writeback *wb = wb_of(rq);
     struct rq **at;
 
     rq->done = rq->wb.done;
-    if (!rq->error)
+    if (!rq->error && !(rq->op == REQ_OP_DISCARD && atomic_load(&wb->dev->io->cannot_discard)))
         request_wake(wb,
                      page_cache_drop(&wb->cache, rq->wb.sync.start,
                                      round_up(rq->wb.sync.end, wb->cache.sector_bytes) - rq->wb.sync.start));
@@ -687,7 +688,10 @@ static void zero_whole(struct rq *rq)
     bool is_waiting;
 
     rq->wb.sync.start = round_up(rq->offset_bytes, wb->cache.sector_bytes);
-    rq->wb.sync.end = end == wb->device_bytes ? end : round_down(end, wb->cache.sector_bytes);
+    // The image's last sector, where that is a part of one, can be written as zeroes, but not discarded.
+    rq->wb.sync.end = end == wb->device_bytes && rq->op == REQ_OP_WRITE_ZEROES
+                          ? end
+                          : round_down(end, wb->cache.sector_bytes);
     if (rq->wb.sync.start >= rq->wb.sync.end) {
         rq_end(rq, 0);
         return;

@@ -80,7 +80,8 @@ class Model:
         offset = chance.randrange(self.size)
         align = chance.choice((1, 1, 512, 4096))
         if chance.random() < 0.3:  # where it is crowded: neighbours in the same few blocks
-            offset, length = chance.randrange(64 * K), min(length, chance.randrange(1, 600))
+            offset = chance.choice((chance.randrange(64 * K), max(0, self.size - chance.randrange(1, 6000))))
+            length = min(length, chance.randrange(1, 600))
         align = max(align, self.aligned)
         offset -= offset % align
         length = max(align, length - length % align)

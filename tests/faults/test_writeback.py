@@ -208,6 +208,14 @@ class Limits(Case):
         server.process.send_signal(signal.SIGTERM)
         self.assertIn("8192 bytes could not be written (Input/output error) and are lost", server.wait(status=1))
 
+    def test_a_discard_brings_nothing_back_that_was_overwritten(self):
+        """The last sector is a part of one, and cannot be given back."""
+        image = self.image(b"o" * (M + 777))
+        with Server(image, io=harness.WRITEBACK) as server, server.connect() as client:
+            client.write(M, b"n" * 777)
+            client.expect(0, raw.TRIM, M - 64 * K, 64 * K + 777)
+            self.assertLessEqual(set(client.read(M, 777)), {0, ord("n")})
+
     def test_age_alone_brings_it_below(self):
         image = self.image(size=M)
         server = self.serve(image, args=["--writeback"])
