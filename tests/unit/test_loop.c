@@ -137,6 +137,21 @@ static void a_device_that_is_open_is_busy_or_goes_with_its_last_close(void **sta
     unlink(scratch.path);
 }
 
+static void a_device_that_is_by_now_on_another_file_stays(void **state)
+{
+    struct scratch scratch;
+    char path[100];
+    struct err err = {.line = ""};
+
+    (void)state;
+    make_device(&scratch, &(struct loop_options){.is_buffered = true});
+    assert_int_equal(loop_detach_from(scratch.device, "/tmp/another", &err), 0);
+    assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), 0);
+    assert_int_equal(loop_detach_from(scratch.device, scratch.path, &err), 0);
+    assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), -ENXIO);
+    unlink(scratch.path);
+}
+
 static void what_is_no_device_is_refused_in_one_line(void **state)
 {
     char device[LOOP_DEVICE_BYTES], text[10];
@@ -157,6 +172,7 @@ int main(void)
         cmocka_unit_test(a_device_is_the_file_and_follows_its_size),
         cmocka_unit_test(options_are_the_devices),
         cmocka_unit_test(a_device_that_is_open_is_busy_or_goes_with_its_last_close),
+        cmocka_unit_test(a_device_that_is_by_now_on_another_file_stays),
         cmocka_unit_test(what_is_no_device_is_refused_in_one_line),
     };
 

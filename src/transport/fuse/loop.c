@@ -77,6 +77,14 @@ int loop_attach(char device[LOOP_DEVICE_BYTES], const char *path, const struct l
     return ret;
 }
 
+// With somebody else on it, the kernel makes this the last close's business.
+static int loop_clear(int fd, const char *device, struct err *err)
+{
+    int ret = ioctl(fd, LOOP_CLR_FD) < 0 ? -errno : 0;
+
+    return ret < 0 && ret != -ENXIO ? err_set(err, ret, "%s: %s", device, strerror(-ret)) : 0;
+}
+
 int loop_detach(const char *device, bool is_lazy, struct err *err)
 {
     char holders[300];
@@ -87,12 +95,27 @@ int loop_detach(const char *device, bool is_lazy, struct err *err)
     fd = loop_open(device, O_RDONLY, err);
     if (fd < 0)
         return fd;
-    // With somebody else on it, the kernel makes this the last close's business.
-    ret = ioctl(fd, LOOP_CLR_FD) < 0 ? -errno : 0;
+    ret = loop_clear(fd, device, err);
     close(fd);
-    if (ret < 0 && ret != -ENXIO)
-        return err_set(err, ret, "%s: %s", device, strerror(-ret));
-    return 0;
+    return ret;
+}
+
+int loop_detach_from(const char *device, const char *path, struct err *err)
+{
+    struct loop_info64 info;
+    char backing[PATH_MAX];
+    int fd = loop_open(device, O_RDONLY, err), ret = 0;
+
+    if (fd < 0)
+        return fd;
+    // While it is open, its number does not become that of another one.
+    if (!ioctl(fd, LOOP_GET_STATUS64, &info) &&
+        !strncmp((const char *)info.lo_file_name, path, sizeof(info.lo_file_name) - 1) &&
+        !loop_backing_file(device, backing, sizeof(backing)) &&
+        (!strcmp(backing, path) || !strcmp(backing, "/")))
+        ret = loop_clear(fd, device, err);
+    close(fd);
+    return ret;
 }
 
 int loop_resize(const char *device, struct err *err)

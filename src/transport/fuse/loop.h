@@ -26,6 +26,11 @@ int loop_attach(char device[LOOP_DEVICE_BYTES], const char *path, const struct l
 // Takes it off; is_lazy: at its last close, when somebody has it open. -EBUSY with err naming who does.
 int loop_detach(const char *device, bool is_lazy, struct err *err);
 
+// Takes it off, at its last close, if it is on the file at the absolute path, or was before that was
+// unmounted: else somebody else has taken it off, and it may be a third one's by now. 0, or a negative errno
+// with err set.
+int loop_detach_from(const char *device, const char *path, struct err *err);
+
 // The file has another size: the device as well. 0, or a negative errno with err set.
 int loop_resize(const char *device, struct err *err);
 
