@@ -59,6 +59,14 @@ void state_name_of(const char *image_path, char name[STATE_NAME_MAX + 1])
 
 // ---- BASE
 
+// Room for a name and a socket's: sockets have 108 bytes in all.
+static int base_check(const char *path, int len, struct err *err)
+{
+    if (path[0] != '/' || len >= STATE_PATH_MAX - STATE_NAME_MAX - 16)
+        return err_set(err, -EINVAL, "%s: no good place for sockets and state; set BIGHT_RUN_DIR", path);
+    return 0;
+}
+
 static int base_path(char path[STATE_PATH_MAX], struct err *err)
 {
     const char *asked = getenv("BIGHT_RUN_DIR"), *runtime = getenv("XDG_RUNTIME_DIR");
@@ -75,22 +83,27 @@ static int base_path(char path[STATE_PATH_MAX], struct err *err)
             err, -ENOENT,
             "no place for sockets and state: XDG_RUNTIME_DIR is not set; set it, or BIGHT_RUN_DIR, "
             "to a directory of yours");
-    // Room for a name and a socket's: sockets have 108 bytes in all.
-    if (path[0] != '/' || len >= STATE_PATH_MAX - STATE_NAME_MAX - 16)
-        return err_set(err, -EINVAL, "%s: no good place for sockets and state; set BIGHT_RUN_DIR", path);
-    return 0;
+    return base_check(path, len, err);
 }
 
-// Opens BASE, and makes it where there is none. A file descriptor, or a negative errno with err set.
+// Opens BASE, and makes it where there is none. path: without links, as the kernel names what is mounted and
+// attached there. A file descriptor, or a negative errno with err set.
 static int base_open(char path[STATE_PATH_MAX], struct err *err)
 {
     int ret = base_path(path, err), fd;
+    char real[PATH_MAX];
     struct stat st;
 
     if (ret < 0)
         return ret;
     if (mkdir(path, 0755) < 0 && errno != EEXIST)
         return err_set(err, -errno, "%s: %s; make it, or set BIGHT_RUN_DIR", path, strerror(errno));
+    if (!realpath(path, real))
+        return err_set(err, -errno, "%s: %s", path, strerror(errno));
+    ret = base_check(real, (int)strlen(real), err);
+    if (ret < 0)
+        return ret;
+    strcpy(path, real);
     fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         return err_set(err, -errno, "%s: %s", path, strerror(errno));

@@ -323,8 +323,20 @@ class Loop(Attached):
             self.bight("detach", "disk")
             self.assertEqual(os.listdir(self.run_dir), [])
             with open("/proc/mounts") as mounts:
-                self.assertNotIn(self.run_dir, mounts.read())
+                self.assertNotIn(os.path.realpath(self.run_dir), mounts.read())
             harness.wait_until(lambda: not self.is_ours(device), "the end of the loop device")
+
+    def test_a_run_directory_may_be_a_link(self):
+        os.rename(self.run_dir, self.path("real"))
+        os.symlink("real", self.run_dir)
+        device = self.attach_loop(self.image(size=M))
+        with open(device, "rb"):
+            self.bight("detach", "--lazy", "disk")
+            time.sleep(0.5)  # it looks ten times a second
+            self.assertEqual(self.show("disk")["state"], "detaching")
+        harness.wait_until(lambda: not os.listdir(self.run_dir), "the lazy detach")
+        self.assertFalse(self.is_ours(device))
+        self.test_supervisor_and_worker_are_killed_and_nothing_is_stuck()
 
     def test_a_device_that_is_given_up_has_no_loop_device(self):
         device = self.attach_loop(self.image(size=M))
@@ -340,7 +352,7 @@ class Loop(Attached):
         try:
             with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file") as file:
                 path = file.read().strip()
-                return path == "/" or self.run_dir in path  # "/": on what is mounted no more
+                return path == "/" or os.path.realpath(self.run_dir) in path  # "/": on what is mounted no more
         except FileNotFoundError:
             return False
 
