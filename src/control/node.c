@@ -53,7 +53,7 @@ static int node_work(struct node_work *work)
         ret = node_reread(work->device, &work->err);
         break;
     default:
-        return loop_detach(work->device, work->what == NODE_DETACH_LAZY, &work->err);
+        return loop_detach(work->device, work->node->path, work->what == NODE_DETACH_LAZY, &work->err);
     }
     // A disk whose table is damaged is there all the same, to be repaired.
     if (!ret && work->node->options.is_partscan && partitions_update(work->device, &work->err) < 0)

@@ -57,7 +57,7 @@ static void end_device(struct scratch *scratch)
 {
     struct err err = {.line = ""};
 
-    assert_int_equal(loop_detach(scratch->device, false, &err), 0);
+    assert_int_equal(loop_detach(scratch->device, scratch->path, false, &err), 0);
     unlink(scratch->path);
 }
 
@@ -122,10 +122,10 @@ static void a_device_that_is_open_is_busy_or_goes_with_its_last_close(void **sta
     assert_int_equal(read(pipe_fds[0], text, 1), 1);
     assert_true(holders_of_device(scratch.device, text, sizeof(text)));
     assert_non_null(strstr(text, "opened by "));
-    assert_int_equal(loop_detach(scratch.device, false, &err), -EBUSY);
+    assert_int_equal(loop_detach(scratch.device, scratch.path, false, &err), -EBUSY);
     assert_non_null(strstr(err.line, "opened by "));
     assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), 0);
-    assert_int_equal(loop_detach(scratch.device, true, &err), 0);
+    assert_int_equal(loop_detach(scratch.device, scratch.path, true, &err), 0);
     assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), 0); // still there
     assert_int_equal(kill(pid, SIGKILL), 0);
     assert_int_equal(waitpid(pid, NULL, 0), pid);
@@ -145,9 +145,9 @@ static void a_device_that_is_by_now_on_another_file_stays(void **state)
 
     (void)state;
     make_device(&scratch, &(struct loop_options){.is_buffered = true});
-    assert_int_equal(loop_detach_from(scratch.device, "/tmp/another", &err), 0);
+    assert_int_equal(loop_detach(scratch.device, "/tmp/another", true, &err), 0);
     assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), 0);
-    assert_int_equal(loop_detach_from(scratch.device, scratch.path, &err), 0);
+    assert_int_equal(loop_detach(scratch.device, scratch.path, true, &err), 0);
     assert_int_equal(loop_backing_file(scratch.device, path, sizeof(path)), -ENXIO);
     unlink(scratch.path);
 }
@@ -160,7 +160,7 @@ static void what_is_no_device_is_refused_in_one_line(void **state)
     (void)state;
     assert_true(loop_attach(device, "/no/such/file", &(struct loop_options){.is_buffered = true}, &err) < 0);
     assert_non_null(strstr(err.line, "/no/such/file: No such file"));
-    assert_true(loop_detach("/dev/no-such-loop", false, &err) < 0);
+    assert_true(loop_detach("/dev/no-such-loop", "/file", false, &err) < 0);
     assert_non_null(strstr(err.line, "/dev/no-such-loop: "));
     assert_true(loop_resize("/dev/no-such-loop", &err) < 0);
     assert_false(holders_of_device("/dev/no-such-loop", text, sizeof(text)));

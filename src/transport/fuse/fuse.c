@@ -13,8 +13,8 @@
 
 #include "core/device.h"
 #include "core/queue.h"
-#include "transport/holders.h"
 #include "transport/fuse/mount.h"
+#include "transport/holders.h"
 #include "util/util.h"
 
 #define ENTRIES_MIN 16U // for each CPU

@@ -77,43 +77,25 @@ int loop_attach(char device[LOOP_DEVICE_BYTES], const char *path, const struct l
     return ret;
 }
 
-// With somebody else on it, the kernel makes this the last close's business.
-static int loop_clear(int fd, const char *device, struct err *err)
+int loop_detach(const char *device, const char *path, bool is_lazy, struct err *err)
 {
-    int ret = ioctl(fd, LOOP_CLR_FD) < 0 ? -errno : 0;
-
-    return ret < 0 && ret != -ENXIO ? err_set(err, ret, "%s: %s", device, strerror(-ret)) : 0;
-}
-
-int loop_detach(const char *device, bool is_lazy, struct err *err)
-{
-    char holders[300];
-    int fd, ret;
-
-    if (!is_lazy && holders_of_device(device, holders, sizeof(holders)))
-        return err_set(err, -EBUSY, "%s: %s; end that first, or use --lazy", device, holders);
-    fd = loop_open(device, O_RDONLY, err);
-    if (fd < 0)
-        return fd;
-    ret = loop_clear(fd, device, err);
-    close(fd);
-    return ret;
-}
-
-int loop_detach_from(const char *device, const char *path, struct err *err)
-{
-    struct loop_info64 info;
-    char backing[PATH_MAX];
+    char backing[PATH_MAX], holders[300];
     int fd = loop_open(device, O_RDONLY, err), ret = 0;
 
     if (fd < 0)
         return fd;
-    // While it is open, its number does not become that of another one.
-    if (!ioctl(fd, LOOP_GET_STATUS64, &info) &&
-        !strncmp((const char *)info.lo_file_name, path, sizeof(info.lo_file_name) - 1) &&
-        !loop_backing_file(device, backing, sizeof(backing)) &&
-        (!strcmp(backing, path) || !strcmp(backing, "/")))
-        ret = loop_clear(fd, device, err);
+    // K2. What is unmounted is called "/".
+    if (loop_backing_file(device, backing, sizeof(backing)) < 0 ||
+        (strcmp(backing, path) && strcmp(backing, "/")))
+        goto out;
+    if (!is_lazy && holders_of_device(device, holders, sizeof(holders))) {
+        ret = err_set(err, -EBUSY, "%s: %s; end that first, or use --lazy", device, holders);
+        goto out;
+    }
+    // With somebody else on it, the kernel makes this the last close's business.
+    if (ioctl(fd, LOOP_CLR_FD) < 0 && errno != ENXIO)
+        ret = err_set(err, -errno, "%s: %s", device, strerror(errno));
+out:
     close(fd);
     return ret;
 }

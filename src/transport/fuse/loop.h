@@ -2,6 +2,8 @@
 //
 //  K1. The kernel reads and writes the file while a loop device is put on it, resized and taken off. Who
 //      serves the file must not be who waits for that: only cold threads and other processes call this.
+//  K2. A device that somebody else has taken off may be a third one's by now. While it is open here, its
+//      number cannot become that of another one: then its file is looked at.
 #pragma once
 
 #include <stdbool.h>
@@ -23,13 +25,9 @@ struct loop_options {
 int loop_attach(char device[LOOP_DEVICE_BYTES], const char *path, const struct loop_options *options,
                 struct err *err);
 
-// Takes it off; is_lazy: at its last close, when somebody has it open. -EBUSY with err naming who does.
-int loop_detach(const char *device, bool is_lazy, struct err *err);
-
-// Takes it off, at its last close, if it is on the file at the absolute path, or was before that was
-// unmounted: else somebody else has taken it off, and it may be a third one's by now. 0, or a negative errno
-// with err set.
-int loop_detach_from(const char *device, const char *path, struct err *err);
+// Takes it off, if it is on the file at the absolute path, or was before that was unmounted (K2). is_lazy: at
+// its last close, when somebody has it open; else -EBUSY with err naming who does.
+int loop_detach(const char *device, const char *path, bool is_lazy, struct err *err);
 
 // The file has another size: the device as well. 0, or a negative errno with err set.
 int loop_resize(const char *device, struct err *err);

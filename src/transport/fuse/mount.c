@@ -7,7 +7,7 @@
 //  M3. What is unmounted is ours: the last mount at the path, of our type.
 //  M4. Loop devices are known by the path of their file, which they lose when it is unmounted. So they are
 //      looked for before that, and taken off after it, when what they still want to write fails at once.
-//      Guard and supervisor may both do so, and a number that is free is soon another's: loop_detach_from().
+//      Guard and supervisor may both do so (K2 of loop.h).
 
 #include "transport/fuse/mount.h"
 
@@ -76,7 +76,7 @@ static void mount_undo(const char *path)
     if (umount2(path, MNT_FORCE | MNT_DETACH) < 0 && errno == EPERM)
         mount_undo_by_helper(path);
     while (nr_loops--) {
-        if (loop_detach_from(loops[nr_loops], path, &err) < 0)
+        if (loop_detach(loops[nr_loops], path, true, &err) < 0)
             log_line("%s", err.line);
     }
 }
