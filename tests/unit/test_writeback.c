@@ -373,6 +373,21 @@ static void load_begins_and_ends_by_itself(void **state)
     assert_int_equal(fixture_destroy(&fixture), 0);
 }
 
+static void a_discard_that_cannot_be_done_brings_nothing_back(void **state)
+{
+    struct fixture fixture = begin(state, &(struct fixture_options){0});
+    struct device *dev = fixture.dev;
+
+    fill_file(&fixture, 'o');
+    atomic_store(&dev->io->cannot_discard, true);
+    assert_int_equal(do_write(dev, 0, 8192, 'n', 4096), 0);
+    assert_int_equal(fixture_do(dev, REQ_OP_DISCARD, 0, 0, NULL, 64 * KiB), 0);
+    device_has(dev, 8192, 'n', 4096);
+    assert_int_equal(do_flush(dev), 0);
+    file_has(&fixture, 8192, 'n', 4096);
+    assert_int_equal(fixture_destroy(&fixture), 0);
+}
+
 static void a_part_of_a_sector_waits_for_what_passes_the_cache_by(void **state)
 {
     static _Alignas(4096) char whole[4096];
@@ -612,6 +627,7 @@ int main(void)
         cmocka_unit_test(under_load_a_write_passes_the_cache_by),
         cmocka_unit_test(what_write_back_allocated_does_not_pass_it_by),
         cmocka_unit_test(load_begins_and_ends_by_itself),
+        cmocka_unit_test(a_discard_that_cannot_be_done_brings_nothing_back),
         cmocka_unit_test(a_part_of_a_sector_waits_for_what_passes_the_cache_by),
         cmocka_unit_test(clients_at_random),
         cmocka_unit_test(clients_at_random_on_a_disk_that_writes_less),
