@@ -30,6 +30,17 @@ static void post(struct rq *rq, void (*done)(struct ring_op *op, int res))
     ring_post(rq->queue->ring, &rq->ring_op, 0);
 }
 
+// A list of them, each on its own queue.
+static void post_all(struct rq *rqs, void (*done)(struct ring_op *op, int res))
+{
+    struct rq *next;
+
+    for (; rqs; rqs = next) {
+        next = rqs->wb.next; // it may be gone then
+        post(rqs, done);
+    }
+}
+
 static struct rq *rq_of(struct ring_op *op)
 {
     return container_of(op, struct rq, ring_op);
@@ -220,12 +231,7 @@ static void tight_go(struct ring_op *op, int res)
 
 void request_allocate_tight(struct rq *rqs)
 {
-    struct rq *next;
-
-    for (; rqs; rqs = next) {
-        next = rqs->wb.next;
-        post(rqs, tight_go);
-    }
+    post_all(rqs, tight_go);
 }
 
 // Nothing can be promised: what was promised is allocated first, and then this one, or it is told.
@@ -315,16 +321,13 @@ static void partial_go(struct ring_op *op, int res);
 
 static void wake_partials(struct writeback *wb)
 {
-    struct rq *rq, *next;
+    struct rq *rqs;
 
     pthread_mutex_lock(&wb->lock);
-    rq = wb->partials;
+    rqs = wb->partials;
     wb->partials = NULL;
     pthread_mutex_unlock(&wb->lock);
-    for (; rq; rq = next) {
-        next = rq->wb.next;
-        post(rq, partial_go);
-    }
+    post_all(rqs, partial_go);
 }
 
 static void partial_begin(struct rq *rq)
