@@ -440,20 +440,50 @@ class OtherUser(Attached):
 
 @unittest.skipUnless(os.geteuid() == 0 and os.access("/dev/fuse", os.W_OK) and harness.have("fusermount3"),
                      "needs root to become another user, and fusermount3")
-@unittest.skipIf(os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006,
-                 "everybody may use /dev/fuse here: the tests of OtherUser do")
 class OtherUserOfFuse(harness.Case):
-    """Where /dev/fuse is root's alone: in a mount namespace where it is not."""
+    """Where /dev/fuse is root's alone, or /etc/mtab as it is not wanted: in a mount namespace where that is otherwise."""
 
+    def make_etc(self, mtab):
+        shutil.copytree("/etc", self.path("etc"), symlinks=True, ignore=lambda *_: ["mtab"])
+        if mtab:
+            os.symlink("/proc/self/mounts", self.path("etc/mtab"))
+
+    def in_namespace(self, *command):
+        script = ('mount -t tmpfs none "$0/dev" && mknod -m 666 "$0/dev/fuse" c 10 229 && '
+                  'mount --bind "$0/dev/fuse" /dev/fuse && mount --bind "$0/etc" /etc && exec "$@"')
+        os.makedirs(self.path("dev"), exist_ok=True)
+        os.chmod(self.dir, 0o755)
+        return harness.run("unshare", "--mount", "--propagation", "private", "sh", "-c", script, self.dir, *command,
+                           status=None, timeout=harness.PATIENCE * 4)
+
+    @unittest.skipIf(os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006 and
+                     os.path.exists("/etc/mtab"), "everybody may use /dev/fuse here: the tests of OtherUser do")
     def test_all_of_it(self):
+        self.make_etc(mtab=True)
         for tests in (["test_attach_device.py", "OtherUser"], ["test_fuse.py", "Life.test_without_root"]):
-            script = ('mount -t tmpfs none "$0" && mknod -m 666 "$0/fuse" c 10 229 && mount --bind "$0/fuse" /dev/fuse && '
-                      'exec "$@"')
-            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), tests[0]), "-v", tests[1]]
-            done = harness.run("unshare", "--mount", "--propagation", "private", "sh", "-c", script, self.dir, *command,
-                               status=None, timeout=harness.PATIENCE * 4)
+            path = os.path.join(os.path.dirname(os.path.abspath(__file__)), tests[0])
+            done = self.in_namespace(sys.executable, path, "-v", tests[1])
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
             self.assertNotIn("skipped", done.stderr)
+
+    def test_nothing_is_mounted_that_could_not_be_unmounted(self):
+        """fusermount3 needs /etc/mtab to unmount, but not to mount."""
+        self.make_etc(mtab=False)
+        theirs, run_dir = self.path("theirs"), self.path("run")
+        os.mkdir(theirs)
+        os.mkdir(run_dir)
+        image = harness.write_file(os.path.join(theirs, "disk.img"), bytes(M))
+        for path in (theirs, image, run_dir):
+            os.chown(path, NOBODY, NOBODY)
+        bight = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", f"BIGHT_RUN_DIR={run_dir}",
+                 harness.BIGHT]
+        self.addCleanup(harness.run, *bight, "detach", "--all", "--force", status=None)
+        script = '"$@" attach "$0" && "$@" detach --all && "$@" attach --fuse "$0.device" "$0"'
+        done = self.in_namespace("sh", "-c", script, image, *bight)
+        self.assertRegex(done.stdout, r"\Anbd\+unix://\S+\n\Z")
+        self.assertRegex(done.stderr, r"\Abight: [^\n]*/etc/mtab[^\n]*\n\Z")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(os.listdir(run_dir), [])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <mntent.h>
+#include <paths.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -341,9 +342,16 @@ static int mount_point(char *path, const char *addr, const struct transport_hold
 int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err)
 {
     char path[PATH_MAX];
-    int ret = mount_point(path, hold->addr, options, err);
     bool is_created;
+    int ret;
 
+    // fusermount3(1) mounts without it, but unmounts only what it finds there: M1.
+    if (geteuid() && access(_PATH_MOUNTED, R_OK) < 0)
+        return err_set(err, -errno,
+                       "--fuse: %s: fusermount3 needs " _PATH_MOUNTED
+                       " to unmount it: %s; link that to /proc/self/mounts, or use --nbd",
+                       hold->addr, strerror(errno));
+    ret = mount_point(path, hold->addr, options, err);
     if (ret < 0)
         return ret;
     // Inherited by every thread and worker from here on: fuse.h F4.
