@@ -475,7 +475,7 @@ class OtherUserOfFuse(harness.Case):
         image = harness.write_file(os.path.join(theirs, "disk.img"), bytes(M))
         for path in (theirs, image, run_dir):
             os.chown(path, NOBODY, NOBODY)
-        bight = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", f"BIGHT_RUN_DIR={run_dir}",
+        bight = ["env", f"BIGHT_RUN_DIR={run_dir}", "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
                  harness.BIGHT]
         self.addCleanup(harness.run, *bight, "detach", "--all", "--force", status=None)
         script = '"$@" attach "$0" && "$@" detach --all && "$@" attach --fuse "$0.device" "$0"'
