@@ -9,6 +9,9 @@
 //      and from then on every write takes its range.
 //  D3. A map may redirect to another fd, where the same bytes have other offsets: ranges are those of the
 //      image. What is aligned in one of the two is aligned in the other (map_adjust()).
+//  D4. The bytes of a last block that is none in whole are written by way of the page cache (B1 of bounce.c).
+//      A direct write that ends while its page, or a larger folio, is dirty fails: the kernel cannot drop what
+//      it has there, and the next fsync of the file is told EIO. So who writes these bytes excludes all writes.
 
 #include <errno.h>
 
@@ -69,12 +72,23 @@ static void direct_issue(struct rq *rq)
     ring_queue(rq->queue->ring, &rq->ring_op);
 }
 
+// D1, D4: for a write of [start, end) that has edges.
+static void direct_lock_blocks(struct rq *rq, uint64_t start, uint64_t end,
+                               void (*locked)(struct ring_op *op, int res))
+{
+    const struct image *image = rq->queue->dev->image;
+    uint64_t align = image->dio_offset_align;
+    bool has_tail = end > round_down(image->file_bytes, align);
+
+    direct_lock(rq, has_tail ? 0 : round_down(start, align), round_up(end, align), true, locked);
+}
+
 static void direct_rw(struct io *io, struct rq *rq)
 {
     struct direct *direct = container_of(io, struct direct, io);
     // D1, D3: in the image, wherever the map has it.
     uint64_t start = io->dev->image->offset_bytes + rq->offset_bytes + rq->done_bytes;
-    uint64_t end = start + rq_part_bytes(rq), align = io->dev->image->dio_offset_align;
+    uint64_t end = start + rq_part_bytes(rq);
     int ret;
 
     if (__builtin_expect(direct_is_aligned(io->dev->image, rq), 1)) {
@@ -90,7 +104,7 @@ static void direct_rw(struct io *io, struct rq *rq)
     else if (rq->op == REQ_OP_READ)
         rq_call_worker(rq, bounce_work, direct_bounce_done);
     else if (direct->is_locking)
-        direct_lock(rq, round_down(start, align), round_up(end, align), true, direct_bounce_locked);
+        direct_lock_blocks(rq, start, end, direct_bounce_locked);
     else
         direct_start_locking(rq);
 }
@@ -120,8 +134,10 @@ static void direct_other(struct io *io, struct rq *rq)
 
     if (rq->op == REQ_OP_PREFETCH) // there is no cache to read into
         rq_end(rq, 0);
+    else if (direct->is_locking && has_edges)
+        direct_lock_blocks(rq, start, end, direct_other_locked);
     else if (direct->is_locking)
-        direct_lock(rq, round_down(start, align), round_up(end, align), has_edges, direct_other_locked);
+        direct_lock(rq, start, end, false, direct_other_locked);
     else if (has_edges)
         direct_start_locking(rq);
     else

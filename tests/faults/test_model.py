@@ -370,6 +370,26 @@ class Neighbours(unittest.TestCase):
                                 found = found[:offset] + bytes([value]) * length + found[offset + length:]
                             self.assertEqual(set(found), {value}, "bytes of an earlier round are back")
 
+    @harness.need_root
+    def test_the_end_of_a_file_within_a_sector_beside_whole_ones(self):
+        """The page cache has the last bytes alone: what is dirty there while a neighbour's direct write ends is an EIO."""
+        for kind in ("xfs", "ext4"):
+            with harness.filesystem(kind) as point:
+                for (ring, io), mode in itertools.product(harness.ways(), (raw.FUA, 0)):
+                    path = harness.write_file(os.path.join(point, "disk.img"), size=M + 777)
+                    with self.subTest(kind=kind, ring=ring, io=io, flags=mode), Server(path, ring=ring, io=io) as server:
+                        sector, rest = self.enterContext(server.connect()), self.enterContext(server.connect())
+                        for number in range(rounds(300)):
+                            byte = bytes([number % 255 + 1])
+                            cookies = [(sector, sector.issue(raw.WRITE, M, data=byte * 512)),
+                                       (rest, rest.issue(raw.WRITE, M + 512, data=byte * 265)),
+                                       (sector, sector.issue(raw.WRITE_ZEROES, M + 100, 200)),
+                                       (rest, rest.issue(raw.WRITE_ZEROES, M + 700, 10)),
+                                       (sector, sector.issue(raw.WRITE, flags=mode, data=byte * 4 * K))]
+                            for client, cookie in cookies:
+                                self.assertEqual(client.wait(cookie).error, 0)
+                        self.assertEqual(rest.read(M + 512, 265)[:180], byte * 180)
+
     def test_with_slow_io(self):
         """A delay between the reading and the writing of a block is where bytes get lost."""
         self.each(lambda _: [(offset, 100) for offset in range(0, 8000, 100)], 8, "any.delay=0.2:2")
