@@ -10,8 +10,9 @@
 //  D3. A map may redirect to another fd, where the same bytes have other offsets: ranges are those of the
 //      image. What is aligned in one of the two is aligned in the other (map_adjust()).
 //  D4. The bytes of a last block that is none in whole are written by way of the page cache (B1 of bounce.c).
-//      A direct write that ends while its page, or a larger folio, is dirty fails: the kernel cannot drop what
-//      it has there, and the next fsync of the file is told EIO. So who writes these bytes excludes all writes.
+//      A direct write that ends while its page, or a larger folio, is dirty fails: the kernel cannot drop
+//      what it has there, and the next fsync of the file is told EIO. So who writes these bytes excludes all
+//      writes.
 
 #include <errno.h>
 
