@@ -372,12 +372,12 @@ class Neighbours(unittest.TestCase):
 
     @harness.need_root
     def test_the_end_of_a_file_within_a_sector_beside_whole_ones(self):
-        """The page cache has the last bytes alone: what is dirty there while a neighbour's direct write ends is an EIO."""
+        """The last bytes are in the page cache: what is dirty there while a neighbour's direct write ends is an EIO."""
         for kind in ("xfs", "ext4"):
             with harness.filesystem(kind) as point:
-                for (ring, io), mode in itertools.product(harness.ways(), (raw.FUA, 0)):
+                for (ring, io), mode in itertools.product(harness.ways(IOS + (WRITEBACK,)), (raw.FUA, 0)):
                     path = harness.write_file(os.path.join(point, "disk.img"), size=M + 777)
-                    with self.subTest(kind=kind, ring=ring, io=io, flags=mode), Server(path, ring=ring, io=io) as server:
+                    with self.subTest(kind=kind, ring=ring, io=io, FUA=mode), Server(path, ring=ring, io=io) as server:
                         sector, rest = self.enterContext(server.connect()), self.enterContext(server.connect())
                         for number in range(rounds(300)):
                             byte = bytes([number % 255 + 1])
