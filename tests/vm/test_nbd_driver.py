@@ -50,8 +50,9 @@ class TestNbdDriver(GuestCase):
     def test_dead_server(self):
         """What was synced before is there; what comes after fails, and hangs nobody."""
         guest = self.boot("mkfs.ext4", "e2fsck")
+        # Without a limit of time the driver may lose a request when the connection ends, and umount waits for ever.
         guest.run(f"""{SERVE}
-            serve; attach
+            serve; attach -t 5
             mkfs.ext4 -q /dev/nbd0; mount /dev/nbd0 /mnt
             echo kept >/mnt/kept; sync""")
         load = guest.start("while dd if=/dev/zero of=/mnt/big bs=64k count=1000 conv=fsync,notrunc; do :; done; exit 5")
