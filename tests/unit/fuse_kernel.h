@@ -55,25 +55,35 @@ static inline bool kernel_begin(struct kernel *kernel, struct device *dev, struc
     return true;
 }
 
+// Also when a signal comes, as that of libFuzzer's timer. false: not in time.
+static inline bool kernel_wait(const struct kernel *kernel, short events, int patience_ms)
+{
+    struct pollfd pfd = {.fd = kernel->fd, .events = events};
+    int n;
+
+    do {
+        n = poll(&pfd, 1, patience_ms);
+    } while (n < 0 && errno == EINTR);
+    return n == 1;
+}
+
 // header.len is told as it is given, whatever is sent.
 static inline bool kernel_send(const struct kernel *kernel, struct fuse_in_header header, const void *args,
                                size_t args_bytes)
 {
     struct iovec iov[] = {{&header, sizeof(header)}, {(void *)(uintptr_t)args, args_bytes}};
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = 2};
-    struct pollfd pfd = {.fd = kernel->fd, .events = POLLOUT};
 
-    return poll(&pfd, 1, KERNEL_PATIENCE_MS) == 1 && sendmsg(kernel->fd, &msg, MSG_NOSIGNAL) >= 0;
+    return kernel_wait(kernel, POLLOUT, KERNEL_PATIENCE_MS) && sendmsg(kernel->fd, &msg, MSG_NOSIGNAL) >= 0;
 }
 
 // The next answer: its header at kernel->in. false: none, or one that is not as long as it says.
 static inline bool kernel_receive(struct kernel *kernel, int patience_ms)
 {
-    struct pollfd pfd = {.fd = kernel->fd, .events = POLLIN};
     const struct fuse_out_header *out = (const struct fuse_out_header *)(const void *)kernel->in;
     ssize_t n;
 
-    if (poll(&pfd, 1, patience_ms) != 1)
+    if (!kernel_wait(kernel, POLLIN, patience_ms))
         return false;
     n = recv(kernel->fd, kernel->in, sizeof(kernel->in), 0);
     kernel->in_bytes = n > 0 ? (size_t)n : 0;
