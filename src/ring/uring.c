@@ -142,7 +142,8 @@ static bool op_is_io(const struct ring_op *op)
 
 // Requests of a deep stream that come one by one each wake us and, being answered at once, their sender: that
 // is most of what they cost. So they are let gather, for as long as it does not keep the sender waiting: one
-// that has read all its answers is idle. Where too few come, this is not done again for a while.
+// that has read all its answers is idle. Where too few come to one that is, this is not done again for a
+// while; few that come to one that still reads (clients read all there is, and then send) say nothing.
 static void uring_judge_gathering(struct uring *uring)
 {
     struct ring *ring = &uring->ring;
@@ -154,8 +155,7 @@ static void uring_judge_gathering(struct uring *uring)
         uring->gather_ns -= uring->gather_ns / 4;
     else if (ring->is_gathered)
         uring->gather_ns += uring->gather_ns / (is_enough ? 8 : 1);
-    if (uring->gather_ns > URING_GATHER_MAX_NS)
-        uring->gather_ns = is_enough ? URING_GATHER_MAX_NS : 0;
+    uring->gather_ns = min_of(uring->gather_ns, URING_GATHER_MAX_NS);
     if (uring->gather_ns < URING_GATHER_MIN_NS || (!is_enough && (ring->is_peer_idle || !ring->nr_received)))
         uring->gather_ns = 0;
     if (uring->gather_ns)
