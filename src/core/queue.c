@@ -335,6 +335,7 @@ void queue_submit(struct queue *queue, struct rq *rq)
     rq->ran = NULL;
     rq->part_phase = 0;
     rq->is_punching = false;
+    rq->is_piped = false;
     stats_add(&queue->stats->nr_inflight, 1);
     if (queue->is_frozen)
         queue_hold(queue, rq);

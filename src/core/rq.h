@@ -31,6 +31,11 @@ enum rq_flags {
 struct io;
 struct queue;
 
+// Takes a READ's data in place of memory: the pages of the page cache themselves, not copies of them.
+struct rq_pipe {
+    int fds[2]; // to read from, to write to; both O_NONBLOCK
+};
+
 struct rq {
     // The transport's, set before queue_submit().
     uint8_t op; // enum req_op
@@ -44,11 +49,15 @@ struct rq {
     struct iovec *iov;     // READ, WRITE: len_bytes in all; is used up on the way
     uint64_t offset_bytes; // in the device
     uint64_t len_bytes;
+    // Optional, READ: an empty pipe that has room for len_bytes and stays the transport's, or NULL. An io
+    // that has put all data into it says so (is_piped).
+    struct rq_pipe *(*get_pipe)(struct rq *rq);
     void (*done)(struct rq *rq); // on the queue's thread
 
     // The answer, for done().
     int error;           // 0 or a negative errno
     unsigned nr_extents; // BLOCK_STATUS: how many were filled
+    bool is_piped;       // READ: the data is in the pipe, and iov was not touched
 
     // The core's.
     struct queue *queue;

@@ -30,7 +30,7 @@ enum ring_code {
     RING_FSYNC,   // fdatasync: fd
     RING_RECV,    // recv: fd, recv; res: bytes, 0 at end of stream
     RING_SENDMSG, // sendmsg: fd, msg; res: bytes, which may be fewer than asked
-    RING_POLL,    // one shot: fd, events (POLLIN...); res: the events that came
+    RING_POLL,    // one shot: fd, events (POLLIN, or POLLOUT alone); res: the events that came
     RING_TIMEOUT, // timeout_ns from now
     RING_CMD,     // a driver's own command (IORING_OP_URING_CMD): fd, cmd; res: the driver's, or -EOPNOTSUPP
     RING_CALL,    // call() on a worker thread; res: what it returned

@@ -59,6 +59,13 @@ static int threads_update_epoll(struct threads *threads, int fd, struct threads_
     return 0;
 }
 
+// Of a file descriptor's two places.
+static bool op_is_writer(const struct ring_op *op)
+{
+    return op->code == RING_SENDMSG || op->code == RING_EVENT_SIGNAL ||
+           (op->code == RING_POLL && op->events == POLLOUT);
+}
+
 static int threads_park(struct threads *threads, struct ring_op *op)
 {
     struct threads_fd *state = threads_fd(threads, op->fd);
@@ -67,7 +74,7 @@ static int threads_park(struct threads *threads, struct ring_op *op)
 
     if (!state)
         return -ENOMEM;
-    at = op->code == RING_SENDMSG || op->code == RING_EVENT_SIGNAL ? &state->writer : &state->reader;
+    at = op_is_writer(op) ? &state->writer : &state->reader;
     assert(!*at);
     *at = op;
     ret = threads_update_epoll(threads, op->fd, state);

@@ -47,13 +47,13 @@ def request_stream(mode):
 class Malformed:
     """After each test a good client is served, and the server holds no more files and memory than before."""
 
-    ring = None
+    ring = io = None
 
     @classmethod
     def setUpClass(cls):
         cls.dir = cls.enterClassContext(harness.scratch_dir())
         cls.image = harness.write_file(os.path.join(cls.dir, "disk.img"), harness.pattern(SIZE))
-        cls.server = cls.enterClassContext(harness.Server(cls.image, ring=cls.ring))
+        cls.server = cls.enterClassContext(harness.Server(cls.image, ring=cls.ring, io=cls.io))
         with cls.server.connect() as client:  # what is made once is made now
             client.read(0, SIZE)
             client.disconnect()
@@ -418,9 +418,117 @@ class Limits:
             server.stop()
 
 
+class Piped:
+    """Large reads of what the page cache has: pages of it go into the socket, and nobody waits for who does not read."""
+
+    ring = None
+
+    def setUp(self):
+        super().setUp()
+        self.data = random.Random(harness.SEED).randbytes(SIZE)
+        self.disk = self.image(self.data)
+        self.server = self.serve(self.disk, ring=self.ring, io="buffered")
+        with open(self.disk, "rb") as image:  # tmpfs, or cached by being written; read once for the others
+            image.read()
+
+    def nr_pipes(self):
+        fds = f"/proc/{self.server.process.pid}/fd"
+        return sum(os.readlink(os.path.join(fds, fd)).startswith("pipe:") for fd in os.listdir(fds)
+                   if os.path.lexists(os.path.join(fds, fd)))
+
+    def assert_piped(self, before):
+        with open("/proc/sys/kernel/osrelease") as release:
+            version = tuple(int(n) for n in release.read().split("-")[0].split(".")[:2])
+        if version >= (6, 5) and not harness.sanitized():  # valgrind does not know the call
+            self.assertGreater(self.nr_pipes(), before)
+
+    def test_every_length_place_and_mode(self):
+        rand, before = random.Random(harness.SEED), self.nr_pipes()
+        for mode in raw.MODES:
+            with self.server.connect(mode) as client:
+                asked = {}
+                for _ in range(rounds(200)):
+                    length = rand.choice((1, 4 * K, 64 * K, 128 * K, 256 * K, 256 * K + 1, M, rand.randrange(1, 300 * K)))
+                    offset = rand.choice((rand.randrange(SIZE - length), rand.randrange((SIZE - length) // 4096) * 4096,
+                                          SIZE - length))
+                    flags = raw.DF if mode != "simple" and rand.random() < 0.5 else 0
+                    asked[client.issue(raw.READ, offset, length, flags)] = offset, length
+                    if rand.random() < 0.05:
+                        asked[client.issue(raw.READ, SIZE - 64 * K, 128 * K)] = None
+                    if rand.random() < 0.1:
+                        data = rand.randbytes(length)
+                        for cookie in list(asked):
+                            self.check(client.wait(cookie), asked.pop(cookie))
+                        client.write(offset, data)
+                        self.data = self.data[:offset] + data + self.data[offset + length:]
+                        self.assertEqual(client.read(offset, length), data)
+                    for cookie in list(client.finished):
+                        self.check(client.finished.pop(cookie), asked.pop(cookie))
+                for cookie, place in asked.items():
+                    self.check(client.wait(cookie), place)
+                if mode == "simple":
+                    self.assert_piped(before)
+
+    def check(self, answer, place):
+        if place is None:
+            self.assertEqual(answer.error, raw.EINVAL)
+        else:
+            self.assertEqual(answer.error, 0)
+            self.assertTrue(answer.data == self.data[place[0]:place[0] + place[1]], f"other data at {place}")
+
+    def test_who_does_not_read_keeps_nobody_waiting_and_gets_all_in_the_end(self):
+        with contextlib.ExitStack() as stack:
+            deaf = [stack.enter_context(self.server.connect(mode)) for mode in raw.MODES * 3]
+            cookies = [[client.issue(raw.READ, at * 128 * K, 128 * K) for at in range(60)] for client in deaf]
+            for _ in range(20):
+                with self.server.connect() as client:
+                    self.assertEqual(client.read(0, 128 * K), self.data[:128 * K])
+            self.assertLessEqual(self.nr_pipes(), 2 * 64 + 4)
+            for client, asked in zip(deaf[:6], cookies):
+                for at, cookie in enumerate(asked):
+                    self.check(client.wait(cookie), (at * 128 * K, 128 * K))
+        self.server.stop()
+
+    def test_pipes_are_closed_with_their_connection(self):
+        before, fds = self.nr_pipes(), self.server.fds()
+        for number in range(rounds(60)):
+            with self.server.connect(raw.MODES[number % 3]) as client:
+                for at in range(40):
+                    client.issue(raw.READ, at * 128 * K, 128 * K)
+                for _ in range(number % 5):
+                    client.step()
+                if number % 2:
+                    client.reset()
+        harness.wait_until(lambda: (self.nr_pipes(), self.server.fds()) == (before, fds), "what the connections had to be closed")
+
+    def test_an_image_that_was_cut_short(self):
+        with self.server.connect() as client:
+            client.read(0, 256 * K)
+            os.truncate(self.disk, 200 * K + 7)
+            for offset in (0, 100 * K + 1, 200 * K - 5, 200 * K + 7, 250 * K):
+                end = max(offset, 200 * K + 7)
+                expected = self.data[offset:end] + bytes(256 * K - (end - offset))
+                self.assertTrue(client.read(offset, 256 * K) == expected, f"at {offset}")
+
+    def test_errors_under_way(self):
+        self.server.stop()
+        server = self.serve(self.disk, ring=self.ring, io="fault:io=buffered,read.error=0.3,read.short=0.3,seed=5")
+        with server.connect("structured") as client:
+            failed = 0
+            for at in range(rounds(200)):
+                answer = client.wait(client.issue(raw.READ, at * 1000, 128 * K))
+                failed += answer.error == raw.EIO
+                if not answer.error:
+                    self.assertTrue(answer.data == self.data[at * 1000:at * 1000 + 128 * K])
+            self.assertGreater(failed, 0)
+
+
 for _ring in harness.rings():
     harness.variant(globals(), Malformed, unittest.TestCase, ring=_ring)
     harness.variant(globals(), Limits, harness.Case, ring=_ring)
+    harness.variant(globals(), Piped, harness.Case, ring=_ring)
+# the data of large reads goes another way there
+harness.variant(globals(), Malformed, unittest.TestCase, ring=harness.rings()[0], io="buffered")
 
 if __name__ == "__main__":
     unittest.main()

@@ -9,6 +9,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/sockios.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -28,6 +29,10 @@ static void nbd_rq_put(struct nbd_conn *conn, struct nbd_rq *nrq)
 {
     if (nrq->buf)
         arena_put(&conn->arena, nrq->buf, nrq->buf_pages);
+    if (nrq->has_pipe && nrq->piped_bytes)
+        nbd_conn_close_pipe(conn, &nrq->pipe);
+    else if (nrq->has_pipe)
+        conn->pipes[conn->nr_free_pipes++] = nrq->pipe;
     tags_put(&conn->tags, &nrq->rq);
 }
 
@@ -108,8 +113,17 @@ static void conn_put_simple(struct nbd_conn *conn, const struct nbd_rq *nrq)
     be_put32(head + 4, nbd_error(nrq->rq.error));
     be_put64(head + 8, nrq->cookie);
     conn_put_data(conn, head, NBD_SIMPLE_REPLY_BYTES);
-    if (!nrq->rq.error && nrq->rq.op == REQ_OP_READ && nrq->len_bytes)
+    if (!nrq->rq.error && nrq->rq.op == REQ_OP_READ && nrq->len_bytes && !nrq->piped_bytes)
         conn_put_data(conn, nrq->buf, nrq->len_bytes);
+}
+
+static void conn_put_data_head(struct nbd_conn *conn, const struct nbd_rq *nrq, uint64_t at, uint64_t len,
+                               unsigned flags)
+{
+    uint8_t *more = conn_put_head(conn, nrq, NBD_REPLY_TYPE_OFFSET_DATA, flags, 8 + len);
+
+    be_put64(more, nrq->offset_bytes + at);
+    conn_extend_head(conn, 8);
 }
 
 static bool is_zero(const char *data, size_t len)
@@ -157,9 +171,7 @@ static bool conn_put_read(struct nbd_conn *conn, struct nbd_rq *nrq)
             be_put32(more + 8, (uint32_t)len);
             conn_extend_head(conn, 12);
         } else {
-            more = conn_put_head(conn, nrq, NBD_REPLY_TYPE_OFFSET_DATA, flags, 8 + len);
-            be_put64(more, nrq->offset_bytes + at);
-            conn_extend_head(conn, 8);
+            conn_put_data_head(conn, nrq, at, len, flags);
             conn_put_data(conn, nrq->buf + at, len);
         }
     }
@@ -234,6 +246,84 @@ static void conn_drop_replies(struct nbd_conn *conn)
     conn->replies_tail = &conn->replies;
 }
 
+static void conn_hang_up(struct nbd_conn *conn)
+{
+    conn->is_broken = true;
+    conn->is_rx_over = true;
+    shutdown(conn->fd, SHUT_RDWR); // ends the RECV that is armed
+}
+
+static void conn_answered(const struct nbd_conn *conn)
+{
+    // Where a worker still has one, its result is not to wait for others to gather.
+    if (tags_nr_used(&conn->tags) == (conn->payload_rq ? 1 : 0))
+        conn->queue->ring->nr_due++;
+}
+
+static void conn_resume(struct nbd_conn *conn)
+{
+    if (!conn->is_stalled || !tags_can_resume(&conn->tags))
+        return;
+    conn->is_stalled = false;
+    conn_parse(conn);
+}
+
+// N5. With what the kernel counts beside the bytes.
+static bool conn_has_room(const struct nbd_conn *conn, uint64_t len)
+{
+    int nr_unread_bytes;
+
+    return !ioctl(conn->fd, SIOCOUTQ, &nr_unread_bytes) &&
+           (uint64_t)nr_unread_bytes + len + len / 16 + 16384 <= conn->sndbuf_bytes;
+}
+
+// true: all of it is sent, or will never be.
+static bool conn_send_piped(struct nbd_conn *conn, struct nbd_rq *nrq)
+{
+    const struct iovec *head = conn->tx_iov;
+    ssize_t n = 1;
+
+    if (!conn_has_room(conn, nrq->len_bytes))
+        return false;
+    conn->nr_tx_heads = 0;
+    conn->msg = (struct msghdr){.msg_iov = conn->tx_iov};
+    if (conn->mode == NBD_MODE_SIMPLE)
+        conn_put_simple(conn, nrq);
+    else
+        conn_put_data_head(conn, nrq, 0, nrq->len_bytes, NBD_REPLY_FLAG_DONE);
+    if (send(conn->fd, head->iov_base, head->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT | MSG_MORE) !=
+        (ssize_t)head->iov_len)
+        n = 0;
+    while (nrq->piped_bytes && n > 0) {
+        n = splice(nrq->pipe.fds[0], NULL, conn->fd, NULL, nrq->piped_bytes, SPLICE_F_NONBLOCK);
+        if (n > 0)
+            nrq->piped_bytes -= (uint64_t)n;
+        else if (n < 0 && errno == EINTR)
+            n = 1;
+    }
+    if (nrq->piped_bytes)
+        conn_hang_up(conn);
+    return true;
+}
+
+// The replies that are next, one by one. false: those behind have to wait.
+static bool conn_send_piped_replies(struct nbd_conn *conn)
+{
+    struct nbd_rq *nrq;
+
+    while (!conn->is_broken && (nrq = conn->replies) && nrq->piped_bytes) {
+        if (!conn_send_piped(conn, nrq)) {
+            conn->is_send_armed = true;
+            ring_queue(conn->queue->ring, &conn->room_op);
+            return false;
+        }
+        conn->replies = nrq->next;
+        nbd_rq_put(conn, nrq);
+        conn_answered(conn);
+    }
+    return true;
+}
+
 // All replies that there are in one message.
 static void conn_send_replies(struct ring_hook *hook)
 {
@@ -241,7 +331,7 @@ static void conn_send_replies(struct ring_hook *hook)
     struct nbd_rq **sending_tail = &conn->sending;
     struct nbd_rq *nrq;
 
-    if (conn->is_send_armed)
+    if (conn->is_send_armed || !conn_send_piped_replies(conn))
         return; // conn_sent() comes back here
     if (conn->is_broken) {
         conn_drop_replies(conn);
@@ -250,7 +340,7 @@ static void conn_send_replies(struct ring_hook *hook)
     }
     conn->nr_tx_heads = 0;
     conn->msg = (struct msghdr){.msg_iov = conn->tx_iov};
-    while ((nrq = conn->replies) && conn_put_reply(conn, nrq)) {
+    while ((nrq = conn->replies) && !nrq->piped_bytes && conn_put_reply(conn, nrq)) {
         conn->replies = nrq->next;
         nrq->next = NULL;
         *sending_tail = nrq;
@@ -259,18 +349,12 @@ static void conn_send_replies(struct ring_hook *hook)
     if (!conn->replies)
         conn->replies_tail = &conn->replies;
     if (!conn->nr_tx_heads) {
+        conn_resume(conn);
         conn_close_if_over(conn);
         return;
     }
     conn->is_send_armed = true;
     ring_queue(conn->queue->ring, &conn->send_op);
-}
-
-static void conn_hang_up(struct nbd_conn *conn)
-{
-    conn->is_broken = true;
-    conn->is_rx_over = true;
-    shutdown(conn->fd, SHUT_RDWR); // ends the RECV that is armed
 }
 
 // Takes n sent bytes off the message. true: all of it is gone.
@@ -290,12 +374,14 @@ static bool conn_msg_advance(struct nbd_conn *conn, size_t n)
     return false;
 }
 
-static void conn_resume(struct nbd_conn *conn)
+// Or it is broken: then that is found out.
+static void conn_found_room(struct ring_op *op, int res)
 {
-    if (!conn->is_stalled || !tags_can_resume(&conn->tags))
-        return;
-    conn->is_stalled = false;
-    conn_parse(conn);
+    struct nbd_conn *conn = container_of(op, struct nbd_conn, room_op);
+
+    (void)res;
+    conn->is_send_armed = false;
+    ring_defer(conn->queue->ring, &conn->reply_hook);
 }
 
 static void conn_sent(struct ring_op *op, int res)
@@ -314,9 +400,7 @@ static void conn_sent(struct ring_op *op, int res)
         conn->sending = nrq->next;
         nbd_rq_put(conn, nrq);
     }
-    // Where a worker still has one, its result is not to wait for others to gather.
-    if (tags_nr_used(&conn->tags) == (conn->payload_rq ? 1 : 0))
-        conn->queue->ring->nr_due++;
+    conn_answered(conn);
     if (conn->replies)
         ring_defer(conn->queue->ring, &conn->reply_hook);
     conn_resume(conn);
@@ -330,6 +414,7 @@ static void conn_rq_done(struct rq *rq)
     struct nbd_rq *nrq = container_of(rq, struct nbd_rq, rq);
     struct nbd_conn *conn = nrq->conn;
 
+    nrq->piped_bytes = nrq->has_pipe && rq->is_piped ? nrq->len_bytes : 0;
     nrq->next = NULL;
     *conn->replies_tail = nrq;
     conn->replies_tail = &nrq->next;
@@ -359,6 +444,19 @@ static uint8_t request_rq_flags(const struct nbd_request *request)
     if (request->flags & NBD_CMD_FLAG_REQ_ONE)
         flags |= RQ_ONE_EXTENT;
     return (uint8_t)flags;
+}
+
+// N5
+static struct rq_pipe *conn_get_pipe(struct rq *rq)
+{
+    struct nbd_rq *nrq = container_of(rq, struct nbd_rq, rq);
+    struct nbd_conn *conn = nrq->conn;
+
+    if (!conn->nr_free_pipes && !nbd_conn_make_pipe(conn))
+        return NULL;
+    nrq->pipe = conn->pipes[--conn->nr_free_pipes];
+    nrq->has_pipe = true;
+    return &nrq->pipe;
 }
 
 // false: no memory is free now.
@@ -394,12 +492,14 @@ static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_reques
     nrq->sent_bytes = 0;
     nrq->want_one_chunk = request->flags & NBD_CMD_FLAG_DF;
     nrq->buf = NULL;
+    nrq->has_pipe = false;
     rq->op = *error ? REQ_OP_NR : cmd_to_op[request->type];
     rq->flags = request_rq_flags(request);
     rq->offset_bytes = request->offset_bytes;
     rq->len_bytes = request->len_bytes;
     rq->iov = NULL;
     rq->nr_iov = 0;
+    rq->get_pipe = NULL;
     rq->done = conn_rq_done;
     // Before memory is given out, and before a payload is read that nobody will take.
     if (!*error)
@@ -410,6 +510,9 @@ static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_reques
         buf_bytes = rq->len_bytes;
     else if (rq->op == REQ_OP_BLOCK_STATUS)
         buf_bytes = NBD_STATUS_BYTES;
+    if (rq->op == REQ_OP_READ && buf_bytes >= NBD_PIPE_MIN_BYTES &&
+        buf_bytes <= min_of(NBD_PIPE_MAX_BYTES, conn->sndbuf_bytes / 2))
+        rq->get_pipe = conn_get_pipe;
     if (!buf_bytes || nbd_rq_get_buf(conn, nrq, buf_bytes))
         return nrq;
     tags_put(&conn->tags, rq);
@@ -569,6 +672,7 @@ void nbd_conn_adopted(struct ring_op *op, int res)
     (void)res;
     conn->recv_op.done = conn_received;
     conn->send_op.done = conn_sent;
+    conn->room_op.done = conn_found_room;
     conn->reply_hook.run = conn_send_replies;
     ring_add_fd(conn->queue->ring, conn->fd);
     conn->buf_index = ring_add_buf(conn->queue->ring, conn->arena.base, NBD_FIXED_BYTES);

@@ -9,6 +9,9 @@
 //      keep their tag and buffer until it has been sent.
 //  N3. Tags and buffers belong to the connection: a client that stalls has only itself to wait for.
 //  N4. While a RECV into rx_buf is armed, rx_buf holds less than a request header.
+//  N5. The data of a READ may be in a pipe (rq.h), which goes into the socket on this thread, without
+//  blocking: not
+//      before the socket has room for all of it. Only a unix socket tells that, so only those have pipes.
 #pragma once
 
 #include "core/tags.h"
@@ -22,7 +25,11 @@
 #define NBD_FIXED_BYTES (512 * 1024) // of that, registered with the ring
 #define NBD_STATUS_BYTES (64 * 1024) // BLOCK_STATUS: struct extents, then the reply made of them
 #define NBD_TX_MAX_CHUNKS 256        // reply headers in one sendmsg
-#define NBD_HOLE_BYTES (32 * 1024)   // granularity in which READ looks for zeroes
+#define NBD_MAX_PIPES 16             // of one connection
+#define NBD_MAX_ALL_PIPES 64         // of all: file descriptors are for other things too
+#define NBD_PIPE_MIN_BYTES (16 * 1024)
+#define NBD_PIPE_MAX_BYTES (256 * 1024)
+#define NBD_HOLE_BYTES (32 * 1024) // granularity in which READ looks for zeroes
 
 struct nbd_conn;
 struct nbd_client;
@@ -35,7 +42,10 @@ struct nbd_rq {
     uint64_t offset_bytes, len_bytes; // as asked
     char *buf;
     size_t buf_pages;
-    uint64_t sent_bytes; // READ: of the data, in chunks that have been put into messages
+    struct rq_pipe pipe;
+    bool has_pipe;
+    uint64_t piped_bytes; // are in it
+    uint64_t sent_bytes;  // READ: of the data, in chunks that have been put into messages
 
     bool want_one_chunk; // READ with DF
     struct iovec iov;
@@ -59,7 +69,10 @@ struct nbd_conn {
     struct queue *queue;
     struct tags tags;
     struct arena arena;
-    int buf_index; // of the arena's first NBD_FIXED_BYTES, or -1
+    uint64_t sndbuf_bytes; // of a unix socket, else 0
+    struct rq_pipe pipes[NBD_MAX_PIPES];
+    unsigned nr_pipes, nr_free_pipes; // made; of these, in pipes[], empty
+    int buf_index;                    // of the arena's first NBD_FIXED_BYTES, or -1
 
     uint8_t *rx_buf;
     size_t rx_begin, rx_end;   // not parsed yet
@@ -75,6 +88,7 @@ struct nbd_conn {
     struct nbd_chunk_head tx_heads[NBD_TX_MAX_CHUNKS];
     unsigned nr_tx_heads;
     struct ring_op send_op;
+    struct ring_op room_op; // instead of send_op: waits for room (N5)
     struct ring_hook reply_hook;
 
     // Messages. stop: no more requests; in flight ones are answered. abort: not even that. Each is
@@ -91,6 +105,10 @@ struct nbd_conn {
 struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, const void *in,
                                  size_t in_len);
 void nbd_conn_free(struct nbd_conn *conn);
+
+// Into conn->pipes. false: there is none to be had. Queue's thread; seldom.
+bool nbd_conn_make_pipe(struct nbd_conn *conn);
+void nbd_conn_close_pipe(struct nbd_conn *conn, struct rq_pipe *pipe);
 
 // done() of adopt_op, stop_op and abort_op: on the queue's thread.
 void nbd_conn_adopted(struct ring_op *op, int res);

@@ -1,11 +1,58 @@
 // How a connection is made and freed, on the main thread. Cold.
 
+#include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "core/device.h"
 #include "core/queue.h"
 #include "transport/nbd/conn.h"
+
+static atomic_int nr_all_pipes;
+
+// 0: not a unix socket.
+static uint64_t unix_sndbuf_bytes(int fd)
+{
+    int domain, bytes;
+    socklen_t domain_len = sizeof(domain), len = sizeof(bytes);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &domain_len) < 0 || domain != AF_UNIX ||
+        getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, &len) < 0)
+        return 0;
+    return (uint64_t)bytes;
+}
+
+bool nbd_conn_make_pipe(struct nbd_conn *conn)
+{
+    struct rq_pipe *pipe = &conn->pipes[conn->nr_free_pipes];
+
+    if (conn->nr_pipes == NBD_MAX_PIPES)
+        return false;
+    if (atomic_fetch_add(&nr_all_pipes, 1) >= NBD_MAX_ALL_PIPES ||
+        pipe2(pipe->fds, O_CLOEXEC | O_NONBLOCK) < 0) {
+        atomic_fetch_sub(&nr_all_pipes, 1);
+        return false;
+    }
+    conn->nr_pipes++;
+    // A slot takes one page, so one more than that for a request that begins within one.
+    if (fcntl(pipe->fds[1], F_SETPIPE_SZ, 2 * NBD_PIPE_MAX_BYTES) < 0) {
+        nbd_conn_close_pipe(conn, pipe);
+        return false;
+    }
+    conn->nr_free_pipes++;
+    return true;
+}
+
+void nbd_conn_close_pipe(struct nbd_conn *conn, struct rq_pipe *pipe)
+{
+    close(pipe->fds[0]);
+    close(pipe->fds[1]);
+    conn->nr_pipes--;
+    atomic_fetch_sub(&nr_all_pipes, 1);
+}
 
 struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, const void *in, size_t in_len)
 {
@@ -21,6 +68,8 @@ struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, 
     conn->replies_tail = &conn->replies;
     conn->recv_op = (struct ring_op){.code = RING_RECV, .fd = fd};
     conn->send_op = (struct ring_op){.code = RING_SENDMSG, .fd = fd, .msg = &conn->msg};
+    conn->room_op = (struct ring_op){.code = RING_POLL, .fd = fd, .events = POLLOUT};
+    conn->sndbuf_bytes = unix_sndbuf_bytes(fd);
     conn->adopt_op.done = nbd_conn_adopted;
     conn->stop_op.done = nbd_conn_stop;
     conn->abort_op.done = nbd_conn_abort;
@@ -47,6 +96,8 @@ out_free:
 
 void nbd_conn_free(struct nbd_conn *conn)
 {
+    while (conn->nr_free_pipes)
+        nbd_conn_close_pipe(conn, &conn->pipes[--conn->nr_free_pipes]);
     arena_destroy(&conn->arena);
     tags_destroy(&conn->tags);
     free(conn->rx_buf);
