@@ -26,19 +26,20 @@ static bool has_locks(unsigned long pid, const char *fd)
     return found;
 }
 
-static bool has_locked(unsigned long pid, const struct stat *wanted)
+// By another file descriptor than fd, which is of this process.
+static bool has_locked(unsigned long pid, const struct stat *wanted, int fd)
 {
     struct dirent *entry;
     struct stat st;
     char path[32];
-    bool found = false;
+    bool found = false, is_ours = pid == (unsigned long)getpid();
     DIR *dir;
 
     snprintf(path, sizeof(path), "/proc/%lu/fd", pid);
     dir = opendir(path);
     while (dir && !found && (entry = readdir(dir)))
-        found = !fstatat(dirfd(dir), entry->d_name, &st, 0) && st.st_dev == wanted->st_dev &&
-                st.st_ino == wanted->st_ino && has_locks(pid, entry->d_name);
+        found = !(is_ours && atoi(entry->d_name) == fd) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
+                st.st_dev == wanted->st_dev && st.st_ino == wanted->st_ino && has_locks(pid, entry->d_name);
     if (dir)
         closedir(dir);
     return found;
@@ -72,10 +73,12 @@ void image_holder(int fd, char *text, size_t text_bytes)
         if (util_parse_uint(entry->d_name, 1, INT32_MAX, &pid) < 0 || pid == (unsigned long)getpid() ||
             pid == (unsigned long)getppid())
             continue;
-        found = has_locked(pid, &wanted);
+        found = has_locked(pid, &wanted, fd);
         if (found)
             name_process(pid, text, text_bytes);
     }
     if (dir)
         closedir(dir);
+    if (!found && has_locked((unsigned long)getpid(), &wanted, fd))
+        snprintf(text, text_bytes, "this bight, as another image,");
 }

@@ -376,6 +376,8 @@ class Locks(ServeCase):
     def test_one_image_twice_in_one_server(self):
         image = self.image(size=SIZE)
         self.refuse_image(image, image, "--name", "a", "--name", "b")
+        os.symlink(image, self.path("link"))
+        self.assertRegex(self.refuse_image(image, self.path("link")), "link: this bight, as another image, has it open")
         with Server(image, image, args=["--read-only", "--name", "a", "--name", "b"]):
             pass
 
