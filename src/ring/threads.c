@@ -6,10 +6,13 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "ring/ring.h"
@@ -27,6 +30,9 @@ struct threads {
     struct ring_op *ready, **ready_tail; // to be tried in the next turn
     struct threads_fd *fds;              // by number
     int nr_fds;
+    aio_context_t aio; // 0: none yet, or there is none to be had
+    int null_fd;       // for aio; -1: nor that
+    bool has_tried_aio;
 };
 
 static struct threads_fd *threads_fd(struct threads *threads, int fd)
@@ -83,8 +89,38 @@ static int threads_park(struct threads *threads, struct ring_op *op)
     return ret;
 }
 
+// The system has a number of them (fs.aio-max-nr), so only who needs one has one.
+static void threads_make_aio(struct threads *threads)
+{
+    threads->has_tried_aio = true;
+    if (threads->null_fd >= 0 && syscall(SYS_io_setup, 1, &threads->aio) < 0)
+        threads->aio = 0;
+}
+
+// An eventfd's write knows no RWF_NOWAIT, and who shares it may fill it between a look at it and the write.
+// What an AIO says to an eventfd when it ends never waits: here, one that has nothing to do.
+static int threads_signal(struct threads *threads, int fd)
+{
+    struct iocb iocb = {.aio_lio_opcode = IOCB_CMD_PREAD,
+                        .aio_flags = IOCB_FLAG_RESFD,
+                        .aio_resfd = (uint32_t)fd};
+    struct iocb *list = &iocb;
+    uint64_t count = 1;
+    struct io_event event;
+
+    if (!threads->has_tried_aio)
+        threads_make_aio(threads);
+    iocb.aio_fildes = (uint32_t)threads->null_fd;
+    if (!threads->aio) // forbidden as well, or all are taken
+        return write(fd, &count, sizeof(count)) < 0 ? -errno : (int)sizeof(count);
+    if (syscall(SYS_io_submit, threads->aio, 1, &list) != 1)
+        return -errno; // -EINVAL: that is no eventfd
+    syscall(SYS_io_getevents, threads->aio, 1, 1, &event, NULL);
+    return sizeof(count);
+}
+
 // -EAGAIN: not yet.
-static int threads_try_socket(struct ring_op *op)
+static int threads_try_socket(struct threads *threads, struct ring_op *op)
 {
     struct pollfd pfd = {.fd = op->fd, .events = (short)op->events};
     uint64_t count = 1;
@@ -102,12 +138,8 @@ static int threads_try_socket(struct ring_op *op)
         n = preadv2(op->fd, &iov, 1, -1, RWF_NOWAIT);
         break;
     case RING_EVENT_SIGNAL:
-        pfd.events = POLLOUT; // an eventfd's write knows no RWF_NOWAIT
-        n = poll(&pfd, 1, 0);
-        n = n > 0 ? write(op->fd, &count, sizeof(count)) : -1;
-        if (n < 0)
-            return -EAGAIN;
-        break;
+        pfd.events = POLLOUT;
+        return poll(&pfd, 1, 0) > 0 ? threads_signal(threads, op->fd) : -EAGAIN;
     default:
         n = poll(&pfd, 1, 0);
         if (n > 0)
@@ -122,7 +154,7 @@ static int threads_try_socket(struct ring_op *op)
 // true: op is done.
 static bool threads_try(struct threads *threads, struct ring_op *op)
 {
-    int res = threads_try_socket(op);
+    int res = threads_try_socket(threads, op);
 
     if (res == -EAGAIN) {
         res = threads_park(threads, op);
@@ -229,7 +261,7 @@ static void threads_cancel(struct ring *ring, struct ring_op *op)
             threads->ready_tail = at;
         }
     }
-    res = threads_try_socket(op);                           // it may not have been tried yet
+    res = threads_try_socket(threads, op);                  // it may not have been tried yet
     ring_post(ring, op, res == -EAGAIN ? -ECANCELED : res); // R2: not from in here
 }
 
@@ -271,6 +303,7 @@ static int threads_create(struct ring **ring, struct err *err)
         ret = -errno;
         goto out_epoll;
     }
+    threads->null_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     threads->ring.mode = "epoll and worker threads";
     *ring = &threads->ring;
     return 0;
@@ -289,6 +322,10 @@ static void threads_destroy(struct ring *ring)
 {
     struct threads *threads = container_of(ring, struct threads, ring);
 
+    if (threads->aio)
+        syscall(SYS_io_destroy, threads->aio);
+    if (threads->null_fd >= 0)
+        close(threads->null_fd);
     close(threads->epoll_fd);
     free(threads->fds);
     ring_exit(ring);

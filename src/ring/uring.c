@@ -216,6 +216,14 @@ static int uring_wait_for_batch(struct uring *uring, uint64_t timeout_ns)
     return ret ? ret : 1;
 }
 
+static void uring_forget_cancel(struct uring *uring, const struct ring_op *op)
+{
+    for (unsigned i = 0; i < uring->nr_cancels; i++) {
+        if (uring->cancels[i] == op)
+            uring->cancels[i--] = uring->cancels[--uring->nr_cancels];
+    }
+}
+
 // ret: what the kernel said last.
 static int uring_dispatch(struct uring *uring, int ret)
 {
@@ -232,6 +240,8 @@ static int uring_dispatch(struct uring *uring, int ret)
         nr_seen++;
         if (op_is_io(op))
             uring->nr_io--;
+        if (__builtin_expect(uring->nr_cancels, 0))
+            uring_forget_cancel(uring, op);
         op->done(op, cqe->res);
     }
     io_uring_cq_advance(&uring->io, nr_seen);
@@ -257,11 +267,21 @@ int uring_poll(struct ring *ring)
 }
 
 // What was queued before is submitted before.
-void uring_cancel(struct ring *ring, struct ring_op *op)
+void uring_queue_cancel(struct uring *uring, struct ring_op *op)
 {
-    struct uring *uring = container_of(ring, struct uring, ring);
     struct io_uring_sqe *sqe = uring_get_sqe(uring);
 
     io_uring_prep_cancel(sqe, op, 0);
     io_uring_sqe_set_data(sqe, &uring->cancel_op);
+}
+
+// The kernel does not find an op on its way from one place to the next, where it may begin to wait: one that
+// is not done later is asked again (uring_cancelled()).
+void uring_cancel(struct ring *ring, struct ring_op *op)
+{
+    struct uring *uring = container_of(ring, struct uring, ring);
+
+    if (uring->nr_cancels < URING_MAX_CANCELS)
+        uring->cancels[uring->nr_cancels++] = op;
+    uring_queue_cancel(uring, op);
 }

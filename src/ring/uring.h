@@ -14,6 +14,9 @@
 #define URING_MAX_BUF_BYTES (2 * MiB) // registered memory is pinned, touched or not
 #define URING_MEMLOCK_SHARE 16        // of RLIMIT_MEMLOCK for one ring: the user has more of them
 
+#define URING_MAX_CANCELS 8
+#define URING_RETRY_NS 1000000
+
 // Waiting for a batch (uring.c): never longer than that,
 #define URING_BATCH_NS 50000
 // for I/O: a quarter of what is in flight, so that the disk keeps enough to do meanwhile;
@@ -31,12 +34,16 @@
 struct uring {
     struct ring ring;
     struct io_uring io;
-    struct ring_op wake_op;   // waits for wake_fd
-    struct ring_op cancel_op; // what a cancellation itself ends as
-    uint64_t event_count;     // where what eventfds counted goes
-    unsigned nr_io;           // READ, WRITE and FSYNC in flight: completions that will come soon
-    uint64_t gather_ns;       // how long requests are let gather (uring.c); 0: not
-    unsigned nr_gather_skip;  // waits until that is tried again
+    struct ring_op wake_op;                     // waits for wake_fd
+    struct ring_op cancel_op;                   // what a cancellation itself ends as
+    struct ring_op *cancels[URING_MAX_CANCELS]; // asked to end, and not done yet
+    unsigned nr_cancels;
+    struct ring_op retry_op; // asks again
+    bool is_retry_set;
+    uint64_t event_count;    // where what eventfds counted goes
+    unsigned nr_io;          // READ, WRITE and FSYNC in flight: completions that will come soon
+    uint64_t gather_ns;      // how long requests are let gather (uring.c); 0: not
+    unsigned nr_gather_skip; // waits until that is tried again
     unsigned nr_gather_skip_max;
     bool has_gathered; // in the last wait
     bool is_late;      // the last wait for a batch brought nothing
@@ -54,4 +61,5 @@ void uring_queue(struct ring *ring, struct ring_op *op);
 int uring_wait(struct ring *ring, uint64_t timeout_ns);
 int uring_poll(struct ring *ring);
 void uring_cancel(struct ring *ring, struct ring_op *op);
+void uring_queue_cancel(struct uring *uring, struct ring_op *op);
 void uring_arm_wake(struct uring *uring);

@@ -19,10 +19,25 @@ static void uring_woken(struct ring_op *op, int res)
     ring_drain_inbox(&uring->ring);
 }
 
+static void uring_retry_cancels(struct ring_op *op, int res)
+{
+    struct uring *uring = container_of(op, struct uring, retry_op);
+
+    (void)res;
+    uring->is_retry_set = false;
+    for (unsigned i = 0; i < uring->nr_cancels; i++)
+        uring_queue_cancel(uring, uring->cancels[i]);
+}
+
 static void uring_cancelled(struct ring_op *op, int res)
 {
-    (void)op;
-    (void)res; // whether the other op was still there, its own done() tells
+    struct uring *uring = container_of(op, struct uring, cancel_op);
+
+    if (res >= 0 || !uring->nr_cancels || uring->is_retry_set)
+        return;
+    uring->is_retry_set = true;
+    uring->retry_op.timeout_ns = URING_RETRY_NS;
+    ring_queue(&uring->ring, &uring->retry_op);
 }
 
 // Best first: completions run only when the owner asks for them, and nobody else submits (6.1);
@@ -213,6 +228,7 @@ static int uring_create(struct ring **ring, struct err *err)
              uring->has_buffers ? ", registered buffers" : "");
     uring->ring.mode = uring->mode;
     uring->cancel_op = (struct ring_op){.done = uring_cancelled, .code = RING_POLL};
+    uring->retry_op = (struct ring_op){.done = uring_retry_cancels, .code = RING_TIMEOUT};
     uring->wake_op =
         (struct ring_op){.done = uring_woken, .code = RING_EVENT_WAIT, .fd = uring->ring.wake_fd};
     uring_arm_wake(uring);

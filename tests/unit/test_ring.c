@@ -893,6 +893,45 @@ static void a_signal_that_nobody_takes_is_cancelled(void **state)
     end_ring(ring);
 }
 
+static void *fill_event(void *arg)
+{
+    uint64_t full = UINT64_MAX - 1;
+
+    while (write(*(int *)arg, &full, sizeof(full)) == sizeof(full))
+        ;
+    return NULL;
+}
+
+// Between a look at it and the signal as well.
+static void an_event_that_others_fill_all_the_time_keeps_no_ring_waiting(void **state)
+{
+    int fd = eventfd(0, EFD_CLOEXEC);
+    struct ring *ring = make_ring(state);
+    struct tracked signal = event_op(RING_EVENT_SIGNAL, fd), turn = {.op.done = tracked_done};
+    struct pollfd pfd = {.fd = fd, .events = POLLIN};
+    pthread_t filler;
+    uint64_t count;
+
+    pthread_create(&filler, NULL, fill_event, &fd);
+    for (unsigned i = 0; i < 50000; i++) {
+        signal.nr_done = 0;
+        queue(ring, &signal);
+        ring_post(ring, &turn.op, 0); // whether it is done or not
+        run_until_done(ring, &turn);
+        if (!signal.nr_done)
+            ring_cancel(ring, &signal.op);
+        run_until_done(ring, &signal);
+        if (poll(&pfd, 1, 0) == 1) // nobody else does
+            assert_int_equal(read(fd, &count, sizeof(count)), sizeof(count));
+        turn.nr_done = 0;
+    }
+    pthread_cancel(filler);
+    pthread_join(filler, NULL);
+    ring_remove_fd(ring, fd);
+    close(fd);
+    end_ring(ring);
+}
+
 // ---- Pollers
 
 struct counted {
@@ -1189,6 +1228,7 @@ int main(void)
         cmocka_unit_test(an_event_is_waited_for_and_signalled),
         cmocka_unit_test(a_wait_for_an_event_is_cancelled),
         cmocka_unit_test(a_signal_that_nobody_takes_is_cancelled),
+        cmocka_unit_test(an_event_that_others_fill_all_the_time_keeps_no_ring_waiting),
         cmocka_unit_test(a_poller_is_asked_until_it_has_nothing_and_armed_before_the_sleep),
         cmocka_unit_test(a_ring_looks_for_more_as_long_as_it_is_told_to),
         cmocka_unit_test(poll_tells_what_came),
