@@ -362,7 +362,7 @@ static void change_swap(struct device_change *change)
         change->image = old;
     }
     if (change->is_changed)
-        *dev->image = change->next;
+        image_take(dev->image, &change->next);
     if (change->io) {
         struct io *old = dev->io;
 

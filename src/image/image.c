@@ -292,6 +292,20 @@ int image_remeasure(struct image *next, const struct image *image, const struct 
     return ret < 0 ? ret : image_open_tail(next, err);
 }
 
+void image_take(struct image *image, const struct image *next)
+{
+    image->buffered_fd = next->buffered_fd;
+    image->is_read_only = next->is_read_only;
+    image->is_direct = next->is_direct;
+    image->is_sync = next->is_sync;
+    image->can_discard = next->can_discard;
+    image->size_bytes = next->size_bytes;
+    image->file_bytes = next->file_bytes;
+    image->dio_offset_align = next->dio_offset_align;
+    image->dio_mem_align = next->dio_mem_align;
+    image->sector_bytes = next->sector_bytes;
+}
+
 int image_set_direct(struct image *next, const struct image *image, bool is_direct, struct err *err)
 {
     int ret;

@@ -46,6 +46,10 @@ int image_set_extent_size_hint(const struct image *image, uint64_t bytes, struct
 int image_remeasure(struct image *next, const struct image *image, const struct image_options *options,
                     struct err *err);
 
+// image becomes next, which was made of it. Path, file descriptor and offset are the same, and are not
+// touched: a map's thread may be reading them.
+void image_take(struct image *image, const struct image *next);
+
 // The same for O_DIRECT on or off; -EINVAL where the file system cannot.
 int image_set_direct(struct image *next, const struct image *image, bool is_direct, struct err *err);
 
