@@ -33,12 +33,14 @@ static bool has_locked(unsigned long pid, const struct stat *wanted, int fd)
     struct stat st;
     char path[32];
     bool found = false, is_ours = pid == (unsigned long)getpid();
+    char own[16];
     DIR *dir;
 
+    snprintf(own, sizeof(own), "%d", fd);
     snprintf(path, sizeof(path), "/proc/%lu/fd", pid);
     dir = opendir(path);
     while (dir && !found && (entry = readdir(dir)))
-        found = !(is_ours && atoi(entry->d_name) == fd) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
+        found = !(is_ours && !strcmp(entry->d_name, own)) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
                 st.st_dev == wanted->st_dev && st.st_ino == wanted->st_ino && has_locks(pid, entry->d_name);
     if (dir)
         closedir(dir);
