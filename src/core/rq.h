@@ -57,7 +57,6 @@ struct rq {
     // The answer, for done().
     int error;           // 0 or a negative errno
     unsigned nr_extents; // BLOCK_STATUS: how many were filled
-    bool is_piped;       // READ: the data is in the pipe, and iov was not touched
 
     // The core's.
     struct queue *queue;
@@ -73,6 +72,7 @@ struct rq {
     struct extent ext;
     uint8_t part_phase; // the part at hand is with the io: queue->phase then, and 1 more; 0: it is not
     bool is_punching;   // map_call has to be ended
+    bool is_piped;      // for done(), READ: the data is in the pipe, and iov was not touched
     struct map_call map_call;
     size_t iov_cut_bytes; // taken off the part's last vector, which belongs to the next part
     uint16_t part_nr_iov;

@@ -297,7 +297,7 @@ static bool conn_send_piped(struct nbd_conn *conn, struct nbd_rq *nrq)
     while (nrq->piped_bytes && n > 0) {
         n = splice(nrq->pipe.fds[0], NULL, conn->fd, NULL, nrq->piped_bytes, SPLICE_F_NONBLOCK);
         if (n > 0)
-            nrq->piped_bytes -= (uint64_t)n;
+            nrq->piped_bytes -= (uint32_t)n;
         else if (n < 0 && errno == EINTR)
             n = 1;
     }
@@ -414,7 +414,7 @@ static void conn_rq_done(struct rq *rq)
     struct nbd_rq *nrq = container_of(rq, struct nbd_rq, rq);
     struct nbd_conn *conn = nrq->conn;
 
-    nrq->piped_bytes = nrq->has_pipe && rq->is_piped ? nrq->len_bytes : 0;
+    nrq->piped_bytes = nrq->has_pipe && rq->is_piped ? (uint32_t)nrq->len_bytes : 0;
     nrq->next = NULL;
     *conn->replies_tail = nrq;
     conn->replies_tail = &nrq->next;
@@ -452,6 +452,8 @@ static struct rq_pipe *conn_get_pipe(struct rq *rq)
     struct nbd_rq *nrq = container_of(rq, struct nbd_rq, rq);
     struct nbd_conn *conn = nrq->conn;
 
+    if (nrq->has_pipe) // was not filled before
+        return &nrq->pipe;
     if (!conn->nr_free_pipes && !nbd_conn_make_pipe(conn))
         return NULL;
     nrq->pipe = conn->pipes[--conn->nr_free_pipes];

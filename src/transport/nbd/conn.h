@@ -43,11 +43,10 @@ struct nbd_rq {
     char *buf;
     size_t buf_pages;
     struct rq_pipe pipe;
+    uint32_t piped_bytes; // are in it
     bool has_pipe;
-    uint64_t piped_bytes; // are in it
-    uint64_t sent_bytes;  // READ: of the data, in chunks that have been put into messages
-
     bool want_one_chunk; // READ with DF
+    uint64_t sent_bytes; // READ: of the data, in chunks that have been put into messages
     struct iovec iov;
 };
 
