@@ -104,3 +104,14 @@ void unix_socket_remove_stale(const char *path)
     strcpy(sun.sun_path, path);
     unix_socket_clear_path("", &sun, &(struct err){.line = ""});
 }
+
+uint64_t unix_socket_sndbuf(int fd)
+{
+    int domain, bytes;
+    socklen_t domain_len = sizeof(domain), len = sizeof(bytes);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &domain_len) < 0 || domain != AF_UNIX ||
+        getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, &len) < 0)
+        return 0;
+    return (uint64_t)bytes;
+}

@@ -28,6 +28,8 @@ static void session_closed(struct ring_op *op, int res)
     session->is_closed = true;
 }
 
+int session_sndbuf_bytes;
+
 bool session_begin(struct session *session, struct ring *main_ring, struct device *dev, enum nbd_mode mode,
                    bool has_meta_context, const void *early, size_t early_len)
 {
@@ -38,6 +40,8 @@ bool session_begin(struct session *session, struct ring *main_ring, struct devic
         return false;
     *session = (struct session){.fd = fds[0], .main_ring = main_ring};
     fcntl(fds[0], F_SETFL, O_NONBLOCK);
+    if (session_sndbuf_bytes)
+        setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &session_sndbuf_bytes, sizeof(session_sndbuf_bytes));
     session->conn = nbd_conn_create(fds[1], &handshake, early, early_len);
     if (!session->conn) {
         close(fds[0]);

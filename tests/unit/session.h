@@ -18,6 +18,9 @@ struct session {
     struct wire in;         // all that has come back
 };
 
+// The send buffer of the server's side of sessions begun from now on; 0: as the system makes it.
+extern int session_sndbuf_bytes;
+
 // early: what came behind the handshake (not NULL). false: no memory, or no sockets.
 bool session_begin(struct session *session, struct ring *main_ring, struct device *dev, enum nbd_mode mode,
                    bool has_meta_context, const void *early, size_t early_len);

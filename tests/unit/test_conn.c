@@ -100,6 +100,29 @@ static void put_random(struct wire *wire, enum nbd_mode mode, uint64_t seed, uns
     }
 }
 
+// Also where there is never room for all of an answer at once, as with 16 KiB (which are 32 to the kernel).
+static void large_cached_reads_are_answered_by_a_socket_of_any_size(void **state)
+{
+    static const int sizes[] = {1, 10, 16, 17, 20, 30, 40, 60, 100, 200};
+    struct server server = serve(state, "buffered", false);
+
+    for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
+        session_sndbuf_bytes = sizes[i] * (int)KiB;
+        for (unsigned m = 0; m < ARRAY_SIZE(modes); m++) {
+            struct wire wire = {0};
+
+            put_write(&wire, modes[m], 0, 0, data, DISK_BYTES); // cached
+            for (uint64_t len = 16 * KiB; len <= 256 * KiB; len += 8 * KiB)
+                wire_request(&wire, modes[m] == NBD_MODE_EXTENDED, NBD_CMD_READ, 0, len, DISK_BYTES - len,
+                             len);
+            talk(&server, modes[m], &wire, 100000, false);
+            wire_free(&wire);
+        }
+    }
+    session_sndbuf_bytes = 0;
+    end(&server);
+}
+
 static void every_request_of_a_pipeline_is_answered_once(void **state)
 {
     static const char *const ios[] = {"null", "buffered", "direct"};
@@ -460,6 +483,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_request_of_a_pipeline_is_answered_once),
+        cmocka_unit_test(large_cached_reads_are_answered_by_a_socket_of_any_size),
         cmocka_unit_test(a_request_alone_is_answered_after_bursts),
         cmocka_unit_test(how_the_stream_is_cut_makes_no_difference),
         cmocka_unit_test(what_was_written_is_read_back),

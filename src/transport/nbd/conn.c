@@ -29,7 +29,7 @@ static void nbd_rq_put(struct nbd_conn *conn, struct nbd_rq *nrq)
 {
     if (nrq->buf)
         arena_put(&conn->arena, nrq->buf, nrq->buf_pages);
-    if (nrq->has_pipe && nrq->piped_bytes)
+    if (nrq->has_pipe && nrq->rq.is_piped) // not sent
         nbd_conn_close_pipe(conn, &nrq->pipe);
     else if (nrq->has_pipe)
         conn->pipes[conn->nr_free_pipes++] = nrq->pipe;
@@ -68,6 +68,17 @@ static void conn_close_if_over(struct nbd_conn *conn)
 }
 
 // ---- Replies
+
+static void conn_begin_msg(struct nbd_conn *conn)
+{
+    conn->nr_tx_heads = 0;
+    conn->msg = (struct msghdr){.msg_iov = conn->tx_iov};
+}
+
+static bool nbd_rq_is_piped(const struct nbd_rq *nrq)
+{
+    return nrq->has_pipe && nrq->rq.is_piped && !nrq->rq.error;
+}
 
 // The header of a chunk, or of a whole simple reply, into the message under way. data_len: bytes that
 // follow the header, some of them appended to it by the caller.
@@ -113,7 +124,7 @@ static void conn_put_simple(struct nbd_conn *conn, const struct nbd_rq *nrq)
     be_put32(head + 4, nbd_error(nrq->rq.error));
     be_put64(head + 8, nrq->cookie);
     conn_put_data(conn, head, NBD_SIMPLE_REPLY_BYTES);
-    if (!nrq->rq.error && nrq->rq.op == REQ_OP_READ && nrq->len_bytes && !nrq->piped_bytes)
+    if (!nrq->rq.error && nrq->rq.op == REQ_OP_READ && nrq->len_bytes && !nbd_rq_is_piped(nrq))
         conn_put_data(conn, nrq->buf, nrq->len_bytes);
 }
 
@@ -274,19 +285,19 @@ static bool conn_has_room(const struct nbd_conn *conn, uint64_t len)
     int nr_unread_bytes;
 
     return !ioctl(conn->fd, SIOCOUTQ, &nr_unread_bytes) &&
-           (uint64_t)nr_unread_bytes + len + len / 16 + 16384 <= conn->sndbuf_bytes;
+           (uint64_t)nr_unread_bytes + len + len / 16 + NBD_ROOM_BYTES <= conn->sndbuf_bytes;
 }
 
 // true: all of it is sent, or will never be.
 static bool conn_send_piped(struct nbd_conn *conn, struct nbd_rq *nrq)
 {
     const struct iovec *head = conn->tx_iov;
+    uint64_t left = nrq->len_bytes;
     ssize_t n = 1;
 
-    if (!conn_has_room(conn, nrq->len_bytes))
+    if (!conn_has_room(conn, left))
         return false;
-    conn->nr_tx_heads = 0;
-    conn->msg = (struct msghdr){.msg_iov = conn->tx_iov};
+    conn_begin_msg(conn);
     if (conn->mode == NBD_MODE_SIMPLE)
         conn_put_simple(conn, nrq);
     else
@@ -294,14 +305,15 @@ static bool conn_send_piped(struct nbd_conn *conn, struct nbd_rq *nrq)
     if (send(conn->fd, head->iov_base, head->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT | MSG_MORE) !=
         (ssize_t)head->iov_len)
         n = 0;
-    while (nrq->piped_bytes && n > 0) {
-        n = splice(nrq->pipe.fds[0], NULL, conn->fd, NULL, nrq->piped_bytes, SPLICE_F_NONBLOCK);
+    while (left && n > 0) {
+        n = splice(nrq->pipe.fds[0], NULL, conn->fd, NULL, left, SPLICE_F_NONBLOCK);
         if (n > 0)
-            nrq->piped_bytes -= (uint32_t)n;
+            left -= (uint64_t)n;
         else if (n < 0 && errno == EINTR)
             n = 1;
     }
-    if (nrq->piped_bytes)
+    nrq->rq.is_piped = left;
+    if (left)
         conn_hang_up(conn);
     return true;
 }
@@ -311,7 +323,7 @@ static bool conn_send_piped_replies(struct nbd_conn *conn)
 {
     struct nbd_rq *nrq;
 
-    while (!conn->is_broken && (nrq = conn->replies) && nrq->piped_bytes) {
+    while (!conn->is_broken && (nrq = conn->replies) && nbd_rq_is_piped(nrq)) {
         if (!conn_send_piped(conn, nrq)) {
             conn->is_send_armed = true;
             ring_queue(conn->queue->ring, &conn->room_op);
@@ -338,9 +350,8 @@ static void conn_send_replies(struct ring_hook *hook)
         conn_close_if_over(conn);
         return;
     }
-    conn->nr_tx_heads = 0;
-    conn->msg = (struct msghdr){.msg_iov = conn->tx_iov};
-    while ((nrq = conn->replies) && !nrq->piped_bytes && conn_put_reply(conn, nrq)) {
+    conn_begin_msg(conn);
+    while ((nrq = conn->replies) && !nbd_rq_is_piped(nrq) && conn_put_reply(conn, nrq)) {
         conn->replies = nrq->next;
         nrq->next = NULL;
         *sending_tail = nrq;
@@ -414,7 +425,6 @@ static void conn_rq_done(struct rq *rq)
     struct nbd_rq *nrq = container_of(rq, struct nbd_rq, rq);
     struct nbd_conn *conn = nrq->conn;
 
-    nrq->piped_bytes = nrq->has_pipe && rq->is_piped ? (uint32_t)nrq->len_bytes : 0;
     nrq->next = NULL;
     *conn->replies_tail = nrq;
     conn->replies_tail = &nrq->next;
@@ -512,8 +522,7 @@ static struct nbd_rq *conn_get_rq(struct nbd_conn *conn, const struct nbd_reques
         buf_bytes = rq->len_bytes;
     else if (rq->op == REQ_OP_BLOCK_STATUS)
         buf_bytes = NBD_STATUS_BYTES;
-    if (rq->op == REQ_OP_READ && buf_bytes >= NBD_PIPE_MIN_BYTES &&
-        buf_bytes <= min_of(NBD_PIPE_MAX_BYTES, conn->sndbuf_bytes / 2))
+    if (rq->op == REQ_OP_READ && buf_bytes >= NBD_PIPE_MIN_BYTES && buf_bytes <= conn->pipe_max_bytes)
         rq->get_pipe = conn_get_pipe;
     if (!buf_bytes || nbd_rq_get_buf(conn, nrq, buf_bytes))
         return nrq;

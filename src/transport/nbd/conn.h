@@ -10,8 +10,7 @@
 //  N3. Tags and buffers belong to the connection: a client that stalls has only itself to wait for.
 //  N4. While a RECV into rx_buf is armed, rx_buf holds less than a request header.
 //  N5. The data of a READ may be in a pipe (rq.h), which goes into the socket on this thread, without
-//  blocking: not
-//      before the socket has room for all of it. Only a unix socket tells that, so only those have pipes.
+//      blocking: not before the socket has room for all of it. Only a unix socket tells that.
 #pragma once
 
 #include "core/tags.h"
@@ -29,6 +28,7 @@
 #define NBD_MAX_ALL_PIPES 64         // of all: file descriptors are for other things too
 #define NBD_PIPE_MIN_BYTES (16 * 1024)
 #define NBD_PIPE_MAX_BYTES (256 * 1024)
+#define NBD_ROOM_BYTES (16 * 1024) // and a sixteenth of the data: what the kernel counts beside it
 #define NBD_HOLE_BYTES (32 * 1024) // granularity in which READ looks for zeroes
 
 struct nbd_conn;
@@ -43,7 +43,6 @@ struct nbd_rq {
     char *buf;
     size_t buf_pages;
     struct rq_pipe pipe;
-    uint32_t piped_bytes; // are in it
     bool has_pipe;
     bool want_one_chunk; // READ with DF
     uint64_t sent_bytes; // READ: of the data, in chunks that have been put into messages
@@ -68,7 +67,7 @@ struct nbd_conn {
     struct queue *queue;
     struct tags tags;
     struct arena arena;
-    uint64_t sndbuf_bytes; // of a unix socket, else 0
+    uint64_t sndbuf_bytes, pipe_max_bytes; // of a unix socket, else 0
     struct rq_pipe pipes[NBD_MAX_PIPES];
     unsigned nr_pipes, nr_free_pipes; // made; of these, in pipes[], empty
     int buf_index;                    // of the arena's first NBD_FIXED_BYTES, or -1

@@ -4,25 +4,22 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "core/device.h"
 #include "core/queue.h"
 #include "transport/nbd/conn.h"
+#include "util/unix_socket.h"
+#include "util/util.h"
 
 static atomic_int nr_all_pipes;
 
-// 0: not a unix socket.
-static uint64_t unix_sndbuf_bytes(int fd)
+// The largest request for which there is room whenever poll() says so, which is when a quarter is used (N5).
+static uint64_t pipe_max_bytes(uint64_t sndbuf_bytes)
 {
-    int domain, bytes;
-    socklen_t domain_len = sizeof(domain), len = sizeof(bytes);
+    uint64_t half = sndbuf_bytes / 2;
 
-    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &domain_len) < 0 || domain != AF_UNIX ||
-        getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, &len) < 0)
-        return 0;
-    return (uint64_t)bytes;
+    return half < NBD_ROOM_BYTES ? 0 : min_of(NBD_PIPE_MAX_BYTES, half - NBD_ROOM_BYTES);
 }
 
 bool nbd_conn_make_pipe(struct nbd_conn *conn)
@@ -69,7 +66,8 @@ struct nbd_conn *nbd_conn_create(int fd, const struct nbd_handshake *handshake, 
     conn->recv_op = (struct ring_op){.code = RING_RECV, .fd = fd};
     conn->send_op = (struct ring_op){.code = RING_SENDMSG, .fd = fd, .msg = &conn->msg};
     conn->room_op = (struct ring_op){.code = RING_POLL, .fd = fd, .events = POLLOUT};
-    conn->sndbuf_bytes = unix_sndbuf_bytes(fd);
+    conn->sndbuf_bytes = unix_socket_sndbuf(fd);
+    conn->pipe_max_bytes = pipe_max_bytes(conn->sndbuf_bytes);
     conn->adopt_op.done = nbd_conn_adopted;
     conn->stop_op.done = nbd_conn_stop;
     conn->abort_op.done = nbd_conn_abort;

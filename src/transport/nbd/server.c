@@ -289,10 +289,9 @@ static void listener_pause(struct nbd_listener *listener)
 // and each time it is full costs a sleep and a wake-up.
 static void tune_unix_socket(int fd)
 {
-    int domain, sndbuf_bytes = UNIX_SNDBUF_BYTES;
-    socklen_t len = sizeof(domain);
+    int sndbuf_bytes = UNIX_SNDBUF_BYTES;
 
-    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) < 0 || domain != AF_UNIX)
+    if (!unix_socket_sndbuf(fd))
         return;
     if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf_bytes, sizeof(sndbuf_bytes)) < 0) // root only
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &sndbuf_bytes, sizeof(sndbuf_bytes));
