@@ -110,6 +110,12 @@ static void buffered_read(struct buffered *buffered, struct rq *rq)
         ring_queue(rq->queue->ring, op);
 }
 
+// U2
+static bool buffered_may_block(const struct buffered *buffered, uint64_t now_ns)
+{
+    return now_ns >= atomic_load_explicit(&buffered->slow_until_ns, memory_order_relaxed);
+}
+
 // How long did it take what may block? U2
 static void buffered_note_time(struct buffered *buffered, uint64_t start_ns)
 {
@@ -146,21 +152,26 @@ static int buffered_unsplice(const struct rq *rq, const struct rq_pipe *pipe, ui
     return !n || readv(pipe->fds[0], rq->iov, rq->part_nr_iov) == (ssize_t)n ? (int)n : -EIO;
 }
 
-// U4. The request is whole, and its ring_op prepared. false: nothing was done.
+static bool buffered_may_splice(const struct buffered *buffered, const struct rq *rq)
+{
+    return rq->op == REQ_OP_READ && rq->get_pipe && rq_part_bytes(rq) == rq->len_bytes && !rq->done_bytes &&
+           !atomic_load_explicit(&buffered->cannot_splice, memory_order_relaxed);
+}
+
+// U4. false: nothing was done.
 static bool buffered_splice(struct buffered *buffered, struct rq *rq)
 {
-    struct ring_op *op = &rq->ring_op;
     uint64_t start_ns = util_now_ns(), left = rq->len_bytes;
-    loff_t offset_bytes = (loff_t)op->rw.offset_bytes;
+    loff_t offset_bytes = (loff_t)rq->ext.offset_bytes;
     struct rq_pipe *pipe;
     ssize_t n = 1;
     int res;
 
-    if (start_ns < atomic_load_explicit(&buffered->slow_until_ns, memory_order_relaxed) ||
-        !buffered_is_cached(buffered, op->fd, op->rw.offset_bytes, left) || !(pipe = rq->get_pipe(rq)))
+    if (!buffered_may_block(buffered, start_ns) ||
+        !buffered_is_cached(buffered, rq->ext.fd, rq->ext.offset_bytes, left) || !(pipe = rq->get_pipe(rq)))
         return false;
     while (left && n > 0) {
-        n = splice(op->fd, &offset_bytes, pipe->fds[1], NULL, left, SPLICE_F_NONBLOCK);
+        n = splice(rq->ext.fd, &offset_bytes, pipe->fds[1], NULL, left, SPLICE_F_NONBLOCK);
         if (n > 0)
             left -= (uint64_t)n;
     }
@@ -168,7 +179,7 @@ static bool buffered_splice(struct buffered *buffered, struct rq *rq)
     rq->is_piped = !left;
     res = rq->is_piped ? (int)rq->len_bytes : buffered_unsplice(rq, pipe, rq->len_bytes - left);
     if (res)
-        op->done(op, res);
+        rq_part_done(rq, res);
     return res;
 }
 
@@ -178,8 +189,7 @@ static int buffered_try_quick(struct buffered *buffered, const struct ring_op *o
     uint64_t start_ns = util_now_ns();
     ssize_t n;
 
-    if (((op->rw.offset_bytes | len_bytes) & 4095) ||
-        start_ns < atomic_load_explicit(&buffered->slow_until_ns, memory_order_relaxed))
+    if (((op->rw.offset_bytes | len_bytes) & 4095) || !buffered_may_block(buffered, start_ns))
         return -EAGAIN;
     n = pwritev2(op->fd, op->rw.iov, (int)op->rw.nr_iov, (off_t)op->rw.offset_bytes, 0);
     buffered_note_time(buffered, start_ns);
@@ -225,18 +235,12 @@ static void buffered_issue(struct rq *rq)
         buffered_write(buffered, rq);
 }
 
-static bool buffered_may_splice(const struct buffered *buffered, const struct rq *rq)
-{
-    return rq->op == REQ_OP_READ && rq->get_pipe && rq_part_bytes(rq) == rq->len_bytes && !rq->done_bytes &&
-           !atomic_load_explicit(&buffered->cannot_splice, memory_order_relaxed);
-}
-
 static void buffered_rw(struct io *io, struct rq *rq)
 {
     struct buffered *buffered = container_of(io, struct buffered, io);
 
-    io_prep_rw(rq, io_rw_done);
     if (buffered->is_single) {
+        io_prep_rw(rq, io_rw_done);
         workers_submit(&rq->ring_op);
     } else if (!buffered_may_splice(buffered, rq) || !buffered_splice(buffered, rq)) {
         rq->io = io;
