@@ -218,9 +218,11 @@ static int uring_wait_for_batch(struct uring *uring, uint64_t timeout_ns)
 
 static void uring_forget_cancel(struct uring *uring, const struct ring_op *op)
 {
-    for (unsigned i = 0; i < uring->nr_cancels; i++) {
-        if (uring->cancels[i] == op)
-            uring->cancels[i--] = uring->cancels[--uring->nr_cancels];
+    for (struct ring_op **at = &uring->cancels; *at; at = &(*at)->next) {
+        if (*at == op) {
+            *at = op->next;
+            return;
+        }
     }
 }
 
@@ -240,7 +242,7 @@ static int uring_dispatch(struct uring *uring, int ret)
         nr_seen++;
         if (op_is_io(op))
             uring->nr_io--;
-        if (__builtin_expect(uring->nr_cancels, 0))
+        if (__builtin_expect(!!uring->cancels, 0))
             uring_forget_cancel(uring, op);
         op->done(op, cqe->res);
     }
@@ -281,7 +283,8 @@ void uring_cancel(struct ring *ring, struct ring_op *op)
 {
     struct uring *uring = container_of(ring, struct uring, ring);
 
-    if (uring->nr_cancels < URING_MAX_CANCELS)
-        uring->cancels[uring->nr_cancels++] = op;
+    uring_forget_cancel(uring, op); // asked before
+    op->next = uring->cancels;
+    uring->cancels = op;
     uring_queue_cancel(uring, op);
 }

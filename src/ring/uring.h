@@ -14,8 +14,7 @@
 #define URING_MAX_BUF_BYTES (2 * MiB) // registered memory is pinned, touched or not
 #define URING_MEMLOCK_SHARE 16        // of RLIMIT_MEMLOCK for one ring: the user has more of them
 
-#define URING_MAX_CANCELS 8
-#define URING_RETRY_NS 1000000
+#define URING_RETRY_NS 1000000 // a cancellation
 
 // Waiting for a batch (uring.c): never longer than that,
 #define URING_BATCH_NS 50000
@@ -34,11 +33,10 @@
 struct uring {
     struct ring ring;
     struct io_uring io;
-    struct ring_op wake_op;                     // waits for wake_fd
-    struct ring_op cancel_op;                   // what a cancellation itself ends as
-    struct ring_op *cancels[URING_MAX_CANCELS]; // asked to end, and not done yet
-    unsigned nr_cancels;
-    struct ring_op retry_op; // asks again
+    struct ring_op wake_op;   // waits for wake_fd
+    struct ring_op cancel_op; // what a cancellation itself ends as
+    struct ring_op *cancels;  // asked to end, and not done yet; by next
+    struct ring_op retry_op;  // asks again
     bool is_retry_set;
     uint64_t event_count;    // where what eventfds counted goes
     unsigned nr_io;          // READ, WRITE and FSYNC in flight: completions that will come soon

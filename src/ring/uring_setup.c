@@ -25,15 +25,15 @@ static void uring_retry_cancels(struct ring_op *op, int res)
 
     (void)res;
     uring->is_retry_set = false;
-    for (unsigned i = 0; i < uring->nr_cancels; i++)
-        uring_queue_cancel(uring, uring->cancels[i]);
+    for (struct ring_op *asked = uring->cancels; asked; asked = asked->next)
+        uring_queue_cancel(uring, asked);
 }
 
 static void uring_cancelled(struct ring_op *op, int res)
 {
     struct uring *uring = container_of(op, struct uring, cancel_op);
 
-    if (res >= 0 || !uring->nr_cancels || uring->is_retry_set)
+    if (res >= 0 || !uring->cancels || uring->is_retry_set)
         return;
     uring->is_retry_set = true;
     uring->retry_op.timeout_ns = URING_RETRY_NS;
