@@ -1,6 +1,7 @@
 #include "control/worker.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -193,6 +194,9 @@ int worker_run(const struct worker_options *options, struct err *err)
     worker.options = &with_ring;
     workers_set_max(options->nr_workers);
     worker_raise_nofile(options);
+    // What was a connection's goes back to the system with it: by itself glibc raises this to the largest
+    // piece that was freed.
+    mallopt(M_MMAP_THRESHOLD, 64 * KiB);
     with_ring.device.ring = ring_choose(options->ring_name, err);
     ret = with_ring.device.ring ? worker_catch_signals(&worker, err) : -EINVAL;
     if (ret < 0)

@@ -18,7 +18,7 @@ from harness import K, M, rounds
 
 SIZE = 8 * M + 321
 # what one connection may hold on to is bounded, and so is what is left of hundreds of them
-MEMORY = 112 * M
+MEMORY = 96 * M
 
 
 def handshake_bytes(mode, export=""):
