@@ -16,6 +16,7 @@ struct image_options {
     uint64_t size_limit_bytes; // 0: none
 };
 
+// What may change while it is in use is in image_take().
 struct image {
     char *path;
     int fd;          // the one struct file that I/O goes through
