@@ -321,6 +321,24 @@ class TestAttached(UblkCase):
             [ "$(cat /mnt/before)" = before ]; umount /mnt; e2fsck -fn /dev/ublkb0; bight detach one
             [ ! -e /dev/ublkc0 ]""")
 
+    def test_killed_where_they_are_the_last_in_a_mount_namespace(self):
+        """The kernel unmounts the device as they end, and has somebody to wait for it."""
+        guest = self.boot("unshare")
+        for after in ("bight recover; bight list | grep -q running", ":"):
+            guest.run(f"""
+                unshare -m sh -euc 'bight attach --name one /tmp/disk.img; mkfs.ext4 -qF /dev/ublkb0
+                    mount /dev/ublkb0 /mnt; echo kept >/mnt/kept; sync; echo new >/mnt/new'
+                show=$(bight show one --json)
+                for key in pid worker_pid; do
+                    kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
+                done
+                until bight list | grep -q dead; do sleep 0.05; done
+                {after}
+                until bight detach one; do sleep 0.05; done
+                while [ -e /dev/ublkc0 ]; do sleep 0.02; done
+                e2fsck -p /tmp/disk.img || [ $? = 1 ]""")
+        guest.run("""mount $(bight attach /tmp/disk.img) /mnt; [ "$(cat /mnt/kept)" = kept ]; umount /mnt""")
+
     def test_dead_device_is_detached(self):
         """Who waits for it gets errors, and goes on."""
         guest = self.boot()

@@ -6,11 +6,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -90,6 +92,64 @@ static int hold_find_or_add(struct ublk_ctrl *ctrl, struct ublk_dev_info *info, 
     return 0;
 }
 
+static void ublk_release(struct transport_hold *hold)
+{
+    uint32_t id = (uint32_t)hold->facts[FACT_ID];
+    struct ublk_dev_info info;
+    struct ublk_ctrl ctrl;
+    struct err err;
+    int ret = ublk_ctrl_open(&ctrl, &err);
+
+    if (ret < 0) {
+        log_line("%s", err.line);
+        goto out;
+    }
+    ret = ublk_ctrl_find(&ctrl, id, &info);
+    if (!ret) {
+        ublk_ctrl_send(&ctrl, UBLK_STOP_DEV, NULL, 0, 0);
+        // DEL_DEV waits until nobody has the device open or mounted, which may be for ever.
+        ret = ublk_ctrl_send(&ctrl, UBLK_DEL_DEV_ASYNC, NULL, 0, 0);
+        if (ret == -EOPNOTSUPP || ret == -EINVAL)
+            ret = ublk_ctrl_send(&ctrl, UBLK_DEL_DEV, NULL, 0, 0);
+    }
+    if (ret < 0 && ret != -ENODEV)
+        log_line("ublk: deleting device %u: %s", id, strerror(-ret));
+    ublk_ctrl_close(&ctrl);
+out:
+    if (hold->fd >= 0)
+        close(hold->fd);
+}
+
+// B8. The keeper ends when all others have closed the other end of its pipe: 0 with that in *fd, or a
+// negative errno with err set.
+static int hold_namespace(int *fd, struct err *err)
+{
+    int ends[2];
+    pid_t pid;
+
+    if (pipe2(ends, O_CLOEXEC) < 0 || (pid = fork()) < 0)
+        return err_set(err, -errno, "ublk: starting a process: %s", strerror(errno));
+    if (!pid) {
+        sigset_t all;
+
+        if (fork()) // nobody here waits for the keeper
+            _exit(0);
+        sigfillset(&all);
+        sigprocmask(SIG_BLOCK, &all, NULL); // it ends with us, not before
+        setsid();
+        prctl(PR_SET_NAME, "bight-keeper");
+        dup2(ends[0], STDIN_FILENO);
+        close_range(STDIN_FILENO + 1, ~0U, 0);
+        while (read(STDIN_FILENO, ends, sizeof(ends)) < 0 && errno == EINTR)
+            ;
+        _exit(0);
+    }
+    waitpid(pid, NULL, 0);
+    close(ends[0]);
+    *fd = ends[1];
+    return 0;
+}
+
 static int ublk_hold(struct transport_hold *hold, const struct transport_hold_options *options,
                      struct err *err)
 {
@@ -124,32 +184,10 @@ static int ublk_hold(struct transport_hold *hold, const struct transport_hold_op
         return ret;
     hold->facts[FACT_ID] = info.dev_id;
     hold->facts[FACT_FLAGS] = info.flags;
-    return 0;
-}
-
-static void ublk_release(struct transport_hold *hold)
-{
-    uint32_t id = (uint32_t)hold->facts[FACT_ID];
-    struct ublk_dev_info info;
-    struct ublk_ctrl ctrl;
-    struct err err;
-    int ret = ublk_ctrl_open(&ctrl, &err);
-
-    if (ret < 0) {
-        log_line("%s", err.line);
-        return;
-    }
-    ret = ublk_ctrl_find(&ctrl, id, &info);
-    if (!ret) {
-        ublk_ctrl_send(&ctrl, UBLK_STOP_DEV, NULL, 0, 0);
-        // DEL_DEV waits until nobody has the device open or mounted, which may be for ever.
-        ret = ublk_ctrl_send(&ctrl, UBLK_DEL_DEV_ASYNC, NULL, 0, 0);
-        if (ret == -EOPNOTSUPP || ret == -EINVAL)
-            ret = ublk_ctrl_send(&ctrl, UBLK_DEL_DEV, NULL, 0, 0);
-    }
-    if (ret < 0 && ret != -ENODEV)
-        log_line("ublk: deleting device %u: %s", id, strerror(-ret));
-    ublk_ctrl_close(&ctrl);
+    ret = hold_namespace(&hold->fd, err);
+    if (ret < 0)
+        ublk_release(hold);
+    return ret;
 }
 
 // ---- Parameters

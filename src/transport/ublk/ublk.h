@@ -15,6 +15,9 @@
 //  B7. Without a copy (is_zero_copy): while we have a request, its pages are the registered buffer of its tag
 //      in the queue's ring, and the image's I/O goes there. Who has to see the data, or cannot use such a
 //      buffer, asks rq_need_memory(): it is copied then, by hand, by way of /dev/ublkcN.
+//  B8. The last process of a mount namespace unmounts what is mounted there as it ends, and closes its files
+//      only then: with its own device mounted it would wait for the device, which ends with those files. So
+//      a keeper, which has none of them, is the last one wherever the others are killed.
 #pragma once
 
 #include <sched.h>
