@@ -14,7 +14,8 @@
 //      block that belongs to another file by now.
 //  F4. There is one struct file. To open the image again, by any path, would break our own lease.
 //  F5. While redirecting begins there are no dirty pages of the file (fdatasync under the lease), and no
-//      page of it stays in the cache, then and when it ends: others would read what was there before.
+//      page of it stays in the cache, then and when it ends: others would read what was there before. With
+//      pages that somebody holds it does not begin.
 #pragma once
 
 #include <pthread.h>

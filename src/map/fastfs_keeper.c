@@ -15,6 +15,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core/device.h"
@@ -22,11 +23,16 @@
 #include "map/fastfs.h"
 #include "util/util.h"
 
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+
 #define TICK_MAX_NS (NSEC_PER_SEC)
 #define RETRY_MIN_NS (20 * NSEC_PER_SEC / 1000)
 #define RETRY_MAX_NS NSEC_PER_SEC
 
 static const char not_alone[] = "somebody else has it open; the file is used until they are gone";
+static const char in_use[] = "somebody holds pages of it, as in a pipe; the file is used until they are gone";
 
 // Half of what an opener waits at most, before the kernel breaks the lease without us.
 static uint64_t half_break_ns(void)
@@ -62,6 +68,20 @@ static void drop_pages(const struct fastfs *fastfs)
     sync_file_range(fd, 0, 0,
                     SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+// What was spliced into a pipe, or is still being read ahead, outlives who has opened the file, and
+// drop_pages(). Kernels before 6.5 cannot tell.
+static bool has_pages(const struct fastfs *fastfs)
+{
+    const struct {
+        uint64_t offset_bytes, len_bytes; // 0: to the end
+    } all = {0, 0};
+    struct {
+        uint64_t nr_cached, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted;
+    } pages = {0};
+
+    return !syscall(SYS_cachestat, fastfs->map.image->fd, &all, &pages, 0) && pages.nr_cached;
 }
 
 // extents come into the map or leave it. times: 1 or -1.
@@ -232,6 +252,7 @@ static int enter(struct fastfs *fastfs, struct err *err)
     uint64_t now_ns;
     int ret = take_lease(fastfs, err);
 
+    fastfs->why_not = not_alone;
     if (ret < 0)
         return ret;
     // Most of it while nobody has to wait for us.
@@ -245,6 +266,11 @@ static int enter(struct fastfs *fastfs, struct err *err)
     if (ret < 0)
         goto out;
     drop_pages(fastfs);
+    if (has_pages(fastfs)) {
+        fastfs->why_not = in_use;
+        ret = -EAGAIN;
+        goto out;
+    }
     ret = fastfs->is_sampled ? 0 : fastfs_sample(fastfs, err);
     if (ret < 0)
         goto out;
@@ -441,9 +467,9 @@ static void try_again(struct fastfs *fastfs)
     if (ret != -EAGAIN) {
         log_line("%s", err.line); // and no more attempts
         fastfs->why_not = "it failed; the log says why";
-        tell(fastfs);
         fastfs->is_stopped = true;
     }
+    tell(fastfs);
     fastfs->retry_ns = min_of(fastfs->retry_ns * 2, RETRY_MAX_NS);
 }
 
@@ -557,8 +583,7 @@ static int begin(struct fastfs *fastfs, struct err *err)
     else
         ret = enter(fastfs, err);
     if (ret == -EAGAIN) {
-        log_line("%s: fastfs: %s", image->path, not_alone);
-        fastfs->why_not = not_alone;
+        log_line("%s: fastfs: %s", image->path, fastfs->why_not);
         tell(fastfs);
         ret = 0;
     }

@@ -5,6 +5,8 @@ What is redirected by mistake lands in somebody else's file: so every other file
 and the file system is checked. BIGHT_SEED repeats the choice of operations.
 """
 import contextlib
+import ctypes
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -311,6 +313,26 @@ class Lease(harness.Case):
             client.write(0, b"ours" * 1000)
             wait_for_redirection(server)
         self.assertEqual(harness.read_file(path)[:6000], b"ours" * 1000 + (b"theirs" * 1000)[4000:])
+
+    def test_pages_in_a_pipe_are_not_read_by_the_next_opener(self):
+        """They stay in the page cache, whoever drops it, after the image has been closed."""
+        if harness.libc.syscall(451, -1, None, None, 0) == -1 and ctypes.get_errno() == errno.ENOSYS:
+            self.skipTest("cachestat(2) came with Linux 6.5")
+        for kind in KINDS:
+            with self.subTest(kind):
+                path = harness.write_file(f"{self.file_system(kind)}/disk.img", b"o" * M)
+                with served(path) as server, server.connect() as client:
+                    reader, writer = os.pipe()
+                    with open(path, "rb") as file:
+                        os.splice(file.fileno(), writer, 64 * K)
+                    wait_until(lambda: "holds pages" in server.stderr() or status(server)["redirects"], "a decision")
+                    client.write(0, b"n" * 64 * K)
+                    self.assertEqual(harness.read_file(path)[:64 * K], b"n" * 64 * K)
+                    os.close(reader)
+                    os.close(writer)
+                    wait_for_redirection(server)
+                    client.write(0, b"m" * 64 * K)
+                    self.assertEqual(harness.read_file(path)[:64 * K], b"m" * 64 * K)
 
     def test_somebody_has_it_open_at_the_start(self):
         path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
