@@ -40,6 +40,9 @@ struct fastfs_place {
 // negative errno with err set. Cold.
 int fastfs_check(int fd, const char *path, struct fastfs_place *place, struct err *err);
 
+// The part of it that whoever opens the file can change (chattr).
+int fastfs_check_file(int fd, const char *path, struct err *err);
+
 struct fastfs {
     struct map map;
     _Atomic uint64_t redirect_until_ns; // F1

@@ -57,7 +57,7 @@ static int check_system(int fd, const char *path, struct fastfs_place *place, st
 }
 
 // Per file: what is written is not what lies on the device, or does not lie on the device of st_dev.
-static int check_file(int fd, const char *path, const struct stat *st, struct err *err)
+int fastfs_check_file(int fd, const char *path, struct err *err)
 {
     static const struct {
         uint64_t attribute;
@@ -72,9 +72,6 @@ static int check_file(int fd, const char *path, const struct stat *st, struct er
     struct statx stx;
     int flags;
 
-    if (!S_ISREG(st->st_mode))
-        return err_set(err, -EINVAL,
-                       "%s: fastfs: a block device has no file system to get past; use --map linear", path);
     if (statx(fd, "", AT_EMPTY_PATH, 0, &stx) < 0)
         return err_set(err, -errno, "%s: statx: %s", path, strerror(errno));
     for (unsigned i = 0; i < ARRAY_SIZE(attributes); i++) {
@@ -154,7 +151,10 @@ int fastfs_check(int fd, const char *path, struct fastfs_place *place, struct er
     *place = (struct fastfs_place){.fs = ""};
     if (fstat(fd, &st) < 0)
         return err_set(err, -errno, "%s: %s", path, strerror(errno));
-    ret = check_file(fd, path, &st, err);
+    if (!S_ISREG(st.st_mode))
+        return err_set(err, -EINVAL,
+                       "%s: fastfs: a block device has no file system to get past; use --map linear", path);
+    ret = fastfs_check_file(fd, path, err);
     if (!ret)
         ret = check_system(fd, path, place, err);
     if (!ret)

@@ -271,7 +271,9 @@ static int enter(struct fastfs *fastfs, struct err *err)
         ret = -EAGAIN;
         goto out;
     }
-    ret = fastfs->is_sampled ? 0 : fastfs_sample(fastfs, err);
+    ret = fastfs_check_file(fastfs->map.image->fd, fastfs->map.image->path, err);
+    if (!ret && !fastfs->is_sampled)
+        ret = fastfs_sample(fastfs, err);
     if (ret < 0)
         goto out;
     fastfs->is_sampled = true;

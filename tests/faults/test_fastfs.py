@@ -16,6 +16,7 @@ import random
 import re
 import select
 import signal
+import struct
 import sys
 import threading
 import time
@@ -333,6 +334,19 @@ class Lease(harness.Case):
                     wait_for_redirection(server)
                     client.write(0, b"m" * 64 * K)
                     self.assertEqual(harness.read_file(path)[:64 * K], b"m" * 64 * K)
+
+    def test_an_opener_makes_it_a_file_that_cannot_be_redirected(self):
+        path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
+        with served(path) as server, server.connect() as client:
+            with open(path, "rb") as file:
+                flags = struct.unpack("i", fcntl.ioctl(file.fileno(), 0x80086601, bytes(4)))[0]  # FS_IOC_GETFLAGS
+                # FS_COMPR_FL, which ext4 only takes down: unlike for chattr +j, no CAP_SYS_RESOURCE is needed for it
+                fcntl.ioctl(file.fileno(), 0x40086602, struct.pack("i", flags | 4))
+            wait_until(lambda: "the file is compressed" in server.stderr(), "a refusal")
+            self.assertFalse(status(server)["redirects"])
+            client.write(0, b"n" * M)
+            self.assertEqual(client.read(0, M), b"n" * M)
+        self.assertEqual(harness.read_file(path), b"n" * M)
 
     def test_somebody_has_it_open_at_the_start(self):
         path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
