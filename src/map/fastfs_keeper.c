@@ -30,8 +30,11 @@
 #define TICK_MAX_NS (NSEC_PER_SEC)
 #define RETRY_MIN_NS (20 * NSEC_PER_SEC / 1000)
 #define RETRY_MAX_NS NSEC_PER_SEC
+#define ASK_AGAIN_NS (5 * NSEC_PER_SEC)
 
 static const char not_alone[] = "somebody else has it open; the file is used until they are gone";
+static const char did_not_wait[] =
+    "somebody wanted to open it, but not to wait; the file is used until they may have asked again";
 static const char in_use[] = "somebody holds pages of it, as in a pipe; the file is used until they are gone";
 
 // Half of what an opener waits at most, before the kernel breaks the lease without us.
@@ -477,12 +480,23 @@ static void try_again(struct fastfs *fastfs)
 
 static void lose(struct fastfs *fastfs)
 {
+    bool is_wanted = !has_lease(fastfs); // else it was our time that was over
+    struct err err = {.line = ""};
+
     log_verbose("%s: fastfs: %s", fastfs->map.image->path, not_alone);
     pthread_mutex_lock(&fastfs->lock);
     fastfs->status.nr_lease_breaks++;
     pthread_mutex_unlock(&fastfs->lock);
     leave(fastfs, not_alone);
     fastfs->retry_ns = RETRY_MIN_NS;
+    // Who waits for us has it open, to the kernel. Who does not want to wait (O_NONBLOCK) was turned away,
+    // and would be each time.
+    if (is_wanted && !take_lease(fastfs, &err)) {
+        drop_lease(fastfs);
+        fastfs->why_not = did_not_wait;
+        fastfs->retry_ns = ASK_AGAIN_NS;
+        tell(fastfs);
+    }
 }
 
 static void tick(struct ring_op *op, int res)

@@ -335,6 +335,20 @@ class Lease(harness.Case):
                     client.write(0, b"m" * 64 * K)
                     self.assertEqual(harness.read_file(path)[:64 * K], b"m" * 64 * K)
 
+    def test_who_does_not_wait_has_it_the_second_time(self):
+        """The kernel turns O_NONBLOCK away while there is a lease, as it does with tar, blkid and lsattr."""
+        path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
+        with served(path) as server, server.connect() as client:
+            client.write(0, b"n" * M)
+            with self.assertRaises(BlockingIOError):
+                os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            time.sleep(0.5)
+            self.assertIn("not to wait", (status(server), server.stderr())[1])
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self.assertEqual(os.read(fd, M), b"n" * M)
+            os.close(fd)
+            wait_for_redirection(server)
+
     def test_an_opener_makes_it_a_file_that_cannot_be_redirected(self):
         path = harness.write_file(f"{self.file_system()}/disk.img", b"o" * M)
         with served(path) as server, server.connect() as client:
