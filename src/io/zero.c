@@ -5,7 +5,8 @@
 //      does it only where the device itself can, so it is fast there too.
 //   2. ZERO_RANGE: zeroes that stay allocated. Not on a block device under FAST_ZERO: the kernel falls
 //      back to writing them there without a word.
-//   3. Writing zeroes; not under FAST_ZERO, which is answered with -EOPNOTSUPP.
+//   3. Writing zeroes; not under FAST_ZERO, which is answered with -EOPNOTSUPP. But for the edges: who is
+//      refused them takes it that there are no fast zeroes here at all (the kernel's loop device does).
 // DISCARD: PUNCH_HOLE of the whole blocks in the range (BLKDISCARD on a block device), else nothing:
 // it is a hint.
 
@@ -73,7 +74,7 @@ static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset
     if (first < last)
         ret = zero_by_fallocate(io, rq, first, last - first);
     if (ret == -EOPNOTSUPP) {
-        if (rq->flags & RQ_FAST_ZERO)
+        if ((rq->flags & RQ_FAST_ZERO) && (first < last || atomic_load(&io->cannot_punch)))
             return ret;
         return bounce_write_zeroes(image, offset, len, rw_flags);
     }
