@@ -629,10 +629,13 @@ static void zero_start(struct rq *rq)
     rq->wb.is_admitted = false;
     if (rq->op == REQ_OP_DISCARD || !((rq->offset_bytes & mask) || ((end & mask) && end != wb->device_bytes)))
         zero_whole(rq);
-    else if (rq->flags & RQ_FAST_ZERO) // the image below might refuse the rest, when the edges are zeroed
+    else if ((rq->flags & RQ_FAST_ZERO) &&
+             ((rq->flags & RQ_NOUNMAP) || atomic_load(&wb->dev->io->cannot_punch)))
         rq_end(rq, -EOPNOTSUPP);
-    else
+    else {
+        rq->flags &= (uint8_t)~RQ_FAST_ZERO; // it is too late to refuse the rest when the edges are zeroed
         partial_begin(rq);
+    }
 }
 
 static bool is_being_written(const struct writeback *wb, uint64_t start, uint64_t end)
