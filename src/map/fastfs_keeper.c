@@ -330,6 +330,7 @@ static void end_fills(struct fastfs *fastfs, struct region *fill)
     if (!fill || fstat(image->fd, &st) < 0)
         return;
     for (; fill; fill = fill->next) {
+        uint64_t end = (fill->index + 1) * REGION_BYTES;
         struct extents *extents;
         int ret;
 
@@ -340,6 +341,9 @@ static void end_fills(struct fastfs *fastfs, struct region *fill)
             log_verbose("%s: fastfs: FIEMAP: %s", image->path, strerror(-ret));
         if (ret < 0)
             continue;
+        // Behind the file's end, all of which is IN_FILE, there is nothing to tell of.
+        if (end > (uint64_t)st.st_size)
+            extents->bytes[IN_FILE] -= end - max_of((uint64_t)st.st_size, end - REGION_BYTES);
         count(fastfs, extents, 1);
         atomic_store_explicit(&fill->extents, extents, memory_order_release);
     }
