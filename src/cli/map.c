@@ -181,17 +181,15 @@ static struct cell cell_of(const struct file_map *map, uint64_t start, uint64_t 
     uint64_t bytes[FILE_NR_STATES] = {0};
     struct cell cell = {FILE_HOLE, 0};
 
-    while (*at < map->nr_extents) {
-        const struct file_extent *ext = &map->extents[*at];
+    // What ends in this cell may go on in the next: of a file with less bytes than cells they overlap.
+    while (*at < map->nr_extents && map->extents[*at].start_bytes + map->extents[*at].len_bytes <= start)
+        ++*at;
+    for (size_t i = *at; i < map->nr_extents && map->extents[i].start_bytes < end; i++) {
+        const struct file_extent *ext = &map->extents[i];
         uint64_t ext_end = ext->start_bytes + ext->len_bytes;
 
-        if (ext->start_bytes >= end)
-            break;
         bytes[ext->state] += min_of(end, ext_end) - max_of(start, ext->start_bytes);
         cell.nr_pieces += ext->state != FILE_HOLE;
-        if (ext_end > end)
-            break;
-        ++*at;
     }
     for (unsigned i = 0; i < FILE_NR_STATES; i++) {
         if (bytes[i] > bytes[cell.state])
@@ -273,8 +271,11 @@ static void print_text(const struct file_map *map)
     print_strip(map);
     size_text(map->sums[FILE_WRITTEN].bytes, size);
     if (map->can_fastfs)
-        printf("fastfs: could redirect %s in %" PRIu64 " extents to %s\n", size,
-               map->sums[FILE_WRITTEN].nr_extents, map->place.device);
+        printf("fastfs: could redirect %s in %" PRIu64 " extents to %s%s\n", size,
+               map->sums[FILE_WRITTEN].nr_extents, map->place.device,
+               map->size_bytes % map->place.block_bytes
+                   ? "; for reading only: its size is no multiple of the file system's block"
+                   : "");
     else
         printf("fastfs: no: %s\n", map->fastfs.line);
 }

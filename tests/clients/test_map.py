@@ -62,6 +62,14 @@ class Map(unittest.TestCase):
             self.assertIn("<&>.img", top[0].text)
             self.assertGreater(len(top), 1000)
 
+    def test_a_file_with_less_bytes_than_cells(self):
+        with filesystem("xfs") as point, scratch_dir() as folder:
+            path = write_file(f"{point}/disk.img", b"x" * 5)
+            text = run(BIGHT, "map", "--svg", f"{folder}/map.svg", path).stdout
+            self.assertRegex(text, "\n█{72}\n")
+            self.assertEqual(harness.read_file(f"{folder}/map.svg").count(b"#e8e8e8"), 1)  # the legend's hole
+            self.assertIn("for reading only: its size", text)
+
     def test_file_system_without_fiemap(self):
         with scratch_dir("/dev/shm") as folder:
             told = extents_of(write_file(f"{folder}/disk.img", b"x" * 64 * K, size=M))
