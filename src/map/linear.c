@@ -35,8 +35,8 @@ static int linear_look_up(const struct image *image, uint64_t len_bytes, struct 
     return 0;
 }
 
-// Where the file system has no fallocate, the write allocates.
-static int linear_allocate(const struct image *image, const struct extent *ext)
+// Where the file system has no fallocate, the write allocates: a HOLE.
+static int linear_allocate(const struct image *image, struct extent *ext)
 {
     int ret;
 
@@ -45,7 +45,11 @@ static int linear_allocate(const struct image *image, const struct extent *ext)
     do {
         ret = fallocate(image->fd, FALLOC_FL_KEEP_SIZE, (off_t)ext->offset_bytes, (off_t)ext->len_bytes);
     } while (ret < 0 && errno == EINTR);
-    return ret < 0 && errno != EOPNOTSUPP ? -errno : 0;
+    if (ret < 0 && errno == EOPNOTSUPP)
+        ext->state = EXTENT_HOLE;
+    else if (ret < 0)
+        return -errno;
+    return 0;
 }
 
 static int linear_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create,

@@ -96,7 +96,8 @@ extern const struct map_ops map_linear_ops, map_fastfs_ops;
 int map_create(struct map **map, const char *name, struct device *dev, struct image *image, struct err *err);
 void map_destroy(struct map *map);
 
-// The extent at start_bytes, cut to len_bytes (> 0). create: allocates (may_block must be set).
+// The extent at start_bytes, cut to len_bytes (> 0). create: allocates (may_block must be set), or says HOLE
+// where nothing but a write can.
 // !may_block: only what is known without blocking; where the bytes go on the data path.
 // may_block && !create: the truth about holes, for block status and pictures.
 int map_extent(struct map *map, uint64_t start_bytes, uint64_t len_bytes, bool create, bool may_block,

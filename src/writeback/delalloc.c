@@ -176,19 +176,20 @@ void delalloc_refresh(struct delalloc *delalloc)
     int64_t max_delayed = atomic_load(&delalloc->is_refused) ? 0 : INT64_MAX;
 
     space_refresh(delalloc->cache->space, delalloc->space_fd);
-    if (!atomic_load(&delalloc->is_tight))
+    if (!atomic_load(&delalloc->is_tight) || atomic_load(&delalloc->cannot_allocate))
         atomic_store(&delalloc->cache->max_delayed, max_delayed);
 }
 
 void delalloc_set_tight(struct delalloc *delalloc)
 {
     atomic_store(&delalloc->is_tight, true);
-    atomic_store(&delalloc->cache->max_delayed, 0);
+    if (!atomic_load(&delalloc->cannot_allocate))
+        atomic_store(&delalloc->cache->max_delayed, 0);
 }
 
 // ---- Allocation
 
-// What the mapper gave of [start, end) at once, or a negative errno.
+// What the mapper gave of [start, end) at once, or a negative errno. It may turn out that it cannot_allocate.
 static int64_t call_map(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     struct extent ext;
@@ -196,6 +197,8 @@ static int64_t call_map(struct delalloc *delalloc, uint64_t start, uint64_t end)
     bool is_refused = ret == -ENOSPC || ret == -EDQUOT;
 
     atomic_fetch_add(&delalloc->nr_map_calls, 1);
+    if (!ret && ext.state == EXTENT_HOLE)
+        atomic_store(&delalloc->cannot_allocate, true);
     if (ret >= 0 || is_refused)
         atomic_store(&delalloc->is_refused, is_refused); // A5
     // A full file system may refuse what needs no space, too.
@@ -220,14 +223,34 @@ static int allocate_range(struct delalloc *delalloc, uint64_t start, uint64_t en
 
         if (got < 0)
             return (int)got;
+        if (atomic_load(&delalloc->cannot_allocate)) { // A6
+            delalloc_punch(delalloc, *at, *at + (uint64_t)got);
+            page_cache_place(delalloc->cache, round_down(*at, CACHE_PAGE_BYTES),
+                             pages_end(delalloc, *at + (uint64_t)got), false);
+            *at += (uint64_t)got;
+            continue;
+        }
         atomic_fetch_add(&delalloc->nr_allocated_bytes, (uint64_t)got);
         delalloc_refresh(delalloc); // A2
         if (places_allocated(delalloc, *at, *at + (uint64_t)got, nr_punches_then))
             page_cache_place(delalloc->cache, round_down(*at, CACHE_PAGE_BYTES),
-                             pages_end(delalloc, *at + (uint64_t)got));
+                             pages_end(delalloc, *at + (uint64_t)got), true);
         *at += (uint64_t)got;
     }
     return 0;
+}
+
+// A6. As delalloc_create_now(), which has promised it.
+static int has_space(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    struct space *space = delalloc->cache->space;
+    struct extent ext;
+
+    if (!map_extent(delalloc->map, start, end - start, false, true, &ext) && ext.state != EXTENT_HOLE &&
+        ext.len_bytes == end - start)
+        return 0; // needs none
+    delalloc_refresh(delalloc);
+    return atomic_load(&space->nr_promised) <= atomic_load(&space->max_promised) ? 1 : -ENOSPC;
 }
 
 int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
@@ -246,6 +269,8 @@ int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
         ret = 0; // needs none
     if (!ret)
         ret = allocate_range(delalloc, start, end, &at);
+    if (!ret && atomic_load(&delalloc->cannot_allocate))
+        ret = has_space(delalloc, start, end);
     atomic_fetch_sub(&cache->space->nr_promised, nr_pages);
     return ret;
 }
@@ -347,7 +372,7 @@ int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end)
     atomic_fetch_add(&delalloc->nr_runs, 1);
     round_run(delalloc, &run, &start, end);
     *end = min_of(*end, start + room_bytes(delalloc));
-    if (*end >= page_end) {
+    if (*end >= page_end && !atomic_load(&delalloc->cannot_allocate)) {
         // A2: nobody gets what rounding takes.
         int64_t extra = (int64_t)((*end - start) / CACHE_PAGE_BYTES) - run.nr_pages;
 

@@ -13,6 +13,8 @@
 //      WRITTEN from then on, because zeroes around what was written may be under way for long.
 //  A5. When the map refuses space that the file system had told of (a quota, a share of a pool), nothing is
 //      promised until it has given some: each write is told whether there is space for it.
+//  A6. Where the map cannot allocate, the write below does: its page stays promised until then (P4), and
+//      its place stays one of HOLES.
 #pragma once
 
 #include <pthread.h>
@@ -40,11 +42,12 @@ struct delalloc {
     uint64_t unit_bytes;  // allocations are rounded to it where neighbours are likely to come
     unsigned place_shift; // bytes of a place, as a power of two
     uint64_t nr_places;
-    _Atomic uint8_t *places; // enum place
-    pthread_mutex_t lock;    // of changes of places that A3 is about
-    uint64_t nr_punches;     // lock
-    atomic_bool is_tight;    // A2: nothing is promised until delalloc_refresh()
-    atomic_bool is_refused;  // A5
+    _Atomic uint8_t *places;     // enum place
+    pthread_mutex_t lock;        // of changes of places that A3 is about
+    uint64_t nr_punches;         // lock
+    atomic_bool is_tight;        // A2: nothing is promised until delalloc_refresh()
+    atomic_bool is_refused;      // A5
+    atomic_bool cannot_allocate; // A6, latched
     _Atomic uint64_t nr_map_calls, nr_runs, nr_allocated_bytes;
 };
 
@@ -70,7 +73,8 @@ void delalloc_refresh(struct delalloc *delalloc);
 // Nothing is promised any more; a refresh ends it.
 void delalloc_set_tight(struct delalloc *delalloc);
 
-// Space for [start, end) now, exactly. On a worker. 0 or a negative errno.
+// Space for [start, end) now, exactly. On a worker. 0, a negative errno, or 1: there is some, to be
+// promised (A6).
 int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end);
 
 // Finds places for the run of DELAYED pages that begins with the page at offset, and for others close by.

@@ -271,7 +271,7 @@ static void page_set_flag(struct page_cache *cache, struct cache_page *page, uin
     if (!!(page->flags & flag) == is_set)
         return;
     page->flags ^= flag;
-    if (flag == PAGE_DELAYED)
+    if (flag == PAGE_RESERVED)
         unreserve(cache); // set by page_enter() alone
     else if (flag == PAGE_FAILED)
         atomic_fetch_add(&cache->nr_failed, is_set ? 1U : -1U);
@@ -289,7 +289,7 @@ static int page_enter(struct page_cache *cache, struct cache_chunk *chunk, struc
             unreserve(cache);
         return -ENOMEM;
     }
-    page->flags = is_delayed ? PAGE_DELAYED : 0;
+    page->flags = is_delayed ? PAGE_DELAYED | PAGE_RESERVED : 0;
     chunk->nr_pages++;
     atomic_fetch_add(&cache->nr_dirty, 1);
     return 0;
@@ -298,7 +298,10 @@ static int page_enter(struct page_cache *cache, struct cache_chunk *chunk, struc
 // A page goes (P1). The chunk stays until chunk_leave().
 static void page_leave(struct page_cache *cache, struct cache_chunk *chunk, struct cache_page *page)
 {
-    page_set_flag(cache, page, PAGE_DELAYED, false);
+    // Its write has taken what was promised, which the file system told of when it was asked last.
+    if (cache->space && (page->flags & (PAGE_DELAYED | PAGE_RESERVED)) == PAGE_RESERVED)
+        atomic_fetch_sub(&cache->space->max_promised, 1);
+    page_set_flag(cache, page, PAGE_RESERVED, false);
     page_set_flag(cache, page, PAGE_FAILED, false);
     frame_put(cache, page->frame);
     *page = (struct cache_page){0};
@@ -645,9 +648,15 @@ static void page_place(struct page_cache *cache, struct cache_page *page)
     page_set_flag(cache, page, PAGE_DELAYED, false);
 }
 
-void page_cache_place(struct page_cache *cache, uint64_t start, uint64_t end)
+static void page_place_allocated(struct page_cache *cache, struct cache_page *page)
 {
-    cache_for_pages(cache, start, end, page_place);
+    page_place(cache, page);
+    page_set_flag(cache, page, PAGE_RESERVED, false);
+}
+
+void page_cache_place(struct page_cache *cache, uint64_t start, uint64_t end, bool is_allocated)
+{
+    cache_for_pages(cache, start, end, is_allocated ? page_place_allocated : page_place);
 }
 
 static void page_fail(struct page_cache *cache, struct cache_page *page)

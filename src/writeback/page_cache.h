@@ -6,8 +6,9 @@
 //  P2. Sectors have their own valid and dirty bits: a write of whole sectors reads nothing.
 //  P3. What is under write-back does not change: a write to such a page goes to a copy (COPIED), and the
 //      page's old frame lives until its last write-back is over.
-//  P4. nr_delayed is the reservation, in pages: a page is DELAYED exactly as long as it is counted there,
-//      and in the nr_promised of its space.
+//  P4. nr_delayed is the reservation, in pages: a page is RESERVED exactly as long as it is counted there,
+//      and in the nr_promised of its space. What is DELAYED is RESERVED; where only the write below takes
+//      the space, it stays so until that is done.
 //  P5. Memory is bounded by what the cache was created with, bookkeeping included: there is a chunk for
 //      every frame, which is the worst case, and it is taken when it is touched.
 //
@@ -32,6 +33,7 @@ enum page_flags {
     PAGE_DELAYED = 1 << 0, // has no place below yet
     PAGE_COPIED = 1 << 1,  // P3: frame is newer than what is under write-back
     PAGE_FAILED = 1 << 2,  // its last write-back failed
+    PAGE_RESERVED = 1 << 3,
 };
 
 struct cache_page {
@@ -125,8 +127,9 @@ struct dirty_at {
 bool page_cache_find(struct page_cache *cache, uint64_t from, uint64_t end, bool only_delayed,
                      struct dirty_at *at);
 
-// [start, end) has its place below: clears DELAYED of the pages that lie in it.
-void page_cache_place(struct page_cache *cache, uint64_t start, uint64_t end);
+// [start, end) has its place below: clears DELAYED of the pages that lie in it, and where it has its space as
+// well (is_allocated) RESERVED.
+void page_cache_place(struct page_cache *cache, uint64_t start, uint64_t end, bool is_allocated);
 
 struct page_ref {
     uint32_t chunk, frame;

@@ -205,7 +205,7 @@ static int tight_work(struct rq *rq)
 
     if (!ret)
         rq->wb.placed_end = round_up(end, CACHE_PAGE_BYTES);
-    return ret;
+    return min_of(ret, 0);
 }
 
 static void tight_done(struct ring_op *op, int res)
@@ -585,8 +585,8 @@ static int zero_edges_work(struct rq *rq)
             ret =
                 delalloc_create_now(&wb->delalloc, round_down(at, CACHE_PAGE_BYTES),
                                     min_of(at - at % CACHE_PAGE_BYTES + CACHE_PAGE_BYTES, wb->device_bytes));
-            is_placed = true;
-        } while (!ret);
+            is_placed = !ret;
+        } while (ret >= 0);
         if (ret < 0)
             return ret;
         at += (uint64_t)ret;

@@ -230,7 +230,8 @@ def mounted(source, kind, options=""):
         yield point
 
 
-MKFS = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f"), "btrfs": ("mkfs.btrfs", "-q", "-f")}
+MKFS = {"ext4": ("mkfs.ext4", "-q", "-F"), "ext3": ("mkfs.ext3", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f"),
+        "btrfs": ("mkfs.btrfs", "-q", "-f")}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ static struct {
     int fail_at_call; // < 0: never
     int error;
     bool is_strict; // full is full, also for what needs no space
+    bool cannot_allocate;
     unsigned nr_creates, nr_looks, nr_wrong;
 } fake;
 
@@ -41,6 +42,10 @@ static int fake_create(uint64_t block, uint64_t nr_blocks, struct extent *ext)
 
     if ((int)fake.nr_creates++ == fake.fail_at_call)
         return fake.error;
+    if (fake.cannot_allocate) {
+        ext->state = EXTENT_HOLE;
+        return 0;
+    }
     if (fake.max_bytes)
         nr_blocks = min_of(nr_blocks, fake.max_bytes / CACHE_PAGE_BYTES);
     if (!fake.free_blocks && fake.is_strict)
@@ -369,6 +374,39 @@ static void test_the_last_page_of_an_odd_size(void **state)
     assert_int_equal(atomic_load(&cache.nr_delayed), 0);
 }
 
+static void test_a_promise_is_kept_until_the_write_where_only_that_allocates(void **state)
+{
+    struct page_ref refs[4];
+    struct iovec iov[4];
+    struct page_vec vec = {.iov = iov, .refs = refs, .max_iov = 4, .max_refs = 4};
+    struct dirty_at at;
+    int error;
+
+    (void)state;
+    fake.cannot_allocate = true;
+    write_pages(0, 2);
+    assert_int_equal(allocate_all(&error), 0);
+    assert_false(page_cache_find(&cache, 0, DISK_BYTES, true, &at)); // they can be written
+    assert_int_equal(atomic_load(&cache.nr_delayed), 2);
+    assert_true(delalloc_needs_space((void *)delalloc_place(&delalloc, 0)));
+    assert_false(delalloc_is_fresh(&delalloc, 0, 4096));
+    atomic_store(&cache.space->max_promised, 10);
+    assert_int_equal(page_cache_take(&cache, 0, 8192, &vec), 8192);
+    page_cache_written(&cache, refs, vec.nr_refs, -ENOSPC);
+    assert_int_equal(atomic_load(&cache.nr_delayed), 2);
+    vec.nr_iov = vec.nr_refs = 0;
+    assert_int_equal(page_cache_take(&cache, 0, 8192, &vec), 8192);
+    page_cache_written(&cache, refs, vec.nr_refs, 0);
+    assert_int_equal(atomic_load(&cache.nr_delayed), 0);
+    assert_int_equal(atomic_load(&cache.space->max_promised), 8);
+    // A write that comes when all is promised needs a promise of its own, unless it is mapped.
+    assert_int_equal(delalloc_create_now(&delalloc, 8192, 16384), 1);
+    atomic_store(&cache.space->max_promised, 1);
+    assert_int_equal(delalloc_create_now(&delalloc, 8192, 16384), -ENOSPC);
+    fake.is_allocated[2] = fake.is_allocated[3] = true;
+    assert_int_equal(delalloc_create_now(&delalloc, 8192, 16384), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -386,6 +424,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_what_is_fresh, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_mapped_place_with_a_hole_needs_space, setup, teardown),
         cmocka_unit_test_setup_teardown(test_the_last_page_of_an_odd_size, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_promise_is_kept_until_the_write_where_only_that_allocates,
+                                        setup, teardown),
     };
 
     return cmocka_run_group_tests_name("delalloc", tests, NULL, NULL);

@@ -250,7 +250,7 @@ static void test_promises_add_up(void **state)
     // Not written before it has a place.
     assert_true(page_cache_find(&cache, 0, DISK_BYTES, false, &at));
     assert_true(at.is_delayed);
-    page_cache_place(&cache, 0, 4096);
+    page_cache_place(&cache, 0, 4096, true);
     assert_int_equal(atomic_load(&cache.nr_delayed), 2);
     assert_true(page_cache_find(&cache, 0, DISK_BYTES, true, &at));
     assert_int_equal(at.offset, 8192);
@@ -333,7 +333,7 @@ static void test_all_operations_at_random(void **state)
         case 5:
             if (pending.len)
                 break;
-            page_cache_place(&cache, at, at + 4 * CACHE_CHUNK_BYTES);
+            page_cache_place(&cache, at, at + 4 * CACHE_CHUNK_BYTES, true);
             if (page_cache_find(&cache, at, DISK_BYTES, false, &found) && !found.is_delayed) {
                 pending_at = found.offset;
                 take(&pending, found.offset, DISK_BYTES);
