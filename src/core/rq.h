@@ -94,6 +94,7 @@ struct rq {
         struct rq *next;             // waiting, or in a list of ranges
         struct wb_sync sync;         // the range that has to be below; zeroed, for what makes zeroes
         uint64_t placed_end;         // space was allocated up to there
+        int64_t nr_promised;         // pages, to zeroes that take space
         void (*done)(struct rq *rq); // the transport's, while it is ours
         int error;
         uint8_t op; // what it is, while it is below as its own FLUSH

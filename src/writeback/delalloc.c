@@ -187,6 +187,26 @@ void delalloc_set_tight(struct delalloc *delalloc)
         atomic_store(&delalloc->cache->max_delayed, 0);
 }
 
+int64_t delalloc_promise(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    struct space *space = delalloc->cache->space;
+    int64_t nr_pages =
+        (int64_t)((round_up(end, CACHE_PAGE_BYTES) - round_down(start, CACHE_PAGE_BYTES)) / CACHE_PAGE_BYTES);
+
+    if (atomic_fetch_add(&space->nr_promised, nr_pages) + nr_pages <= atomic_load(&space->max_promised))
+        return nr_pages;
+    atomic_fetch_sub(&space->nr_promised, nr_pages);
+    return 0;
+}
+
+void delalloc_promise_kept(struct delalloc *delalloc, int64_t nr_pages)
+{
+    struct space *space = delalloc->cache->space;
+
+    atomic_fetch_sub(&space->max_promised, nr_pages); // until the file system is asked again
+    atomic_fetch_sub(&space->nr_promised, nr_pages);
+}
+
 // ---- Allocation
 
 // What the mapper gave of [start, end) at once, or a negative errno. It may turn out that it cannot_allocate.

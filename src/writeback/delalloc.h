@@ -5,7 +5,8 @@
 //      is DELAYED, and a DELAYED page is a promise that max_delayed bounds.
 //  A2. What is promised, by all devices on that file system (space.h), is less than what it had free when
 //      it was last asked, with a margin for its own metadata. It is asked again before promises that were
-//      kept are given back. Nothing is allocated of what was promised to another device.
+//      kept are given back. Nothing is allocated of what was promised to another device. Zeroes that take
+//      space are promised it as well: what they take is not that of pages.
 //  A3. What is known changes to "takes no space" before a hole is punched, and from "takes space" never
 //      the other way round behind a punch that came meanwhile (nr_punches).
 //  A4. FRESH: allocated, and nothing was ever written there. Only write-back writes below in such places,
@@ -81,6 +82,13 @@ int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
 // On a worker. 0: that page is not DELAYED any more, or was changed meanwhile: look again. A negative
 // errno: [offset, *end) has no place.
 int delalloc_allocate(struct delalloc *delalloc, uint64_t offset, uint64_t *end);
+
+// A promise of space for all of [start, end), for what does not go through the cache, in pages. 0: there is
+// not so much. Any thread.
+int64_t delalloc_promise(struct delalloc *delalloc, uint64_t start, uint64_t end);
+
+// What was promised has been taken. Any thread.
+void delalloc_promise_kept(struct delalloc *delalloc, int64_t nr_pages);
 
 // [start, end) is about to be punched or zeroed: A3.
 void delalloc_punch(struct delalloc *delalloc, uint64_t start, uint64_t end);

@@ -201,8 +201,11 @@ static int tight_work(struct rq *rq)
     struct writeback *wb = wb_of(rq);
     uint64_t start = round_down(rq->offset_bytes + rq->done_bytes, CACHE_PAGE_BYTES);
     uint64_t end = min_of(round_up(rq->offset_bytes + rq->len_bytes, CACHE_PAGE_BYTES), wb->device_bytes);
-    int ret = delalloc_create_now(&wb->delalloc, start, end);
+    int ret = 0;
 
+    // Zeroes, and nobody was promised anything: the file system is the judge.
+    if (rq->op == REQ_OP_WRITE || atomic_load(&wb->cache.space->nr_promised))
+        ret = delalloc_create_now(&wb->delalloc, start, end);
     if (!ret)
         rq->wb.placed_end = round_up(end, CACHE_PAGE_BYTES);
     return min_of(ret, 0);
@@ -219,8 +222,10 @@ static void tight_done(struct ring_op *op, int res)
     }
     if (res < 0)
         rq_end(rq, res);
-    else
+    else if (rq->op == REQ_OP_WRITE)
         write_step(rq);
+    else
+        zero_whole(rq);
 }
 
 static void tight_go(struct ring_op *op, int res)
@@ -627,6 +632,7 @@ static void zero_start(struct rq *rq)
     uint64_t end = rq->offset_bytes + rq->len_bytes, mask = wb->cache.sector_bytes - 1;
 
     rq->wb.is_admitted = false;
+    rq->wb.placed_end = 0;
     if (rq->op == REQ_OP_DISCARD || !((rq->offset_bytes & mask) || ((end & mask) && end != wb->device_bytes)))
         zero_whole(rq);
     else if ((rq->flags & RQ_FAST_ZERO) &&
@@ -664,6 +670,7 @@ static void zeroed(struct rq *rq)
         at = &(*at)->wb.next;
     *at = rq->wb.next;
     pthread_mutex_unlock(&wb->lock);
+    delalloc_promise_kept(&wb->delalloc, rq->wb.nr_promised);
     atomic_fetch_add(&wb->nr_unblocks, 1);
     flusher_kick(wb);
     queue_count_out(rq->queue);
@@ -687,6 +694,12 @@ static void zero_go(struct ring_op *op, int res)
     rq_punch(rq);
 }
 
+static bool zeroes_take_space(const struct rq *rq)
+{
+    return rq->op == REQ_OP_WRITE_ZEROES &&
+           ((rq->flags & RQ_NOUNMAP) || atomic_load(&rq->queue->dev->io->cannot_punch));
+}
+
 static void zero_whole(struct rq *rq)
 {
     struct writeback *wb = wb_of(rq);
@@ -701,6 +714,14 @@ static void zero_whole(struct rq *rq)
     if (rq->wb.sync.start >= rq->wb.sync.end) {
         rq_end(rq, 0);
         return;
+    }
+    rq->wb.nr_promised = 0;
+    if (zeroes_take_space(rq) && rq->wb.placed_end < rq->wb.sync.end) { // A2
+        rq->wb.nr_promised = delalloc_promise(&wb->delalloc, rq->wb.sync.start, rq->wb.sync.end);
+        if (!rq->wb.nr_promised) {
+            wait_for_space(rq);
+            return;
+        }
     }
     pthread_mutex_lock(&wb->lock);
     rq->wb.next = wb->zeroing;

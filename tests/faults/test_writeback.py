@@ -144,6 +144,26 @@ class FullDisk(Case):
                 data = harness.read_file(image)
                 self.check(lambda at, length: data[at:at + length], held)
 
+    def test_zeroes_that_take_space_leave_what_was_promised(self):
+        for kind in ("xfs", "ext4"):
+            with self.subTest(kind=kind), harness.filesystem(kind, 320 * M) as point:
+                image = harness.write_file(os.path.join(point, "disk.img"), size=256 * M)
+                with open(os.path.join(point, "filler"), "wb") as file:
+                    stat = os.statvfs(point)
+                    os.posix_fallocate(file.fileno(), 0, stat.f_bfree * stat.f_frsize - 32 * M)
+                with Server(image, args=["--writeback=64M"]) as server, server.connect() as client:
+                    for at in range(0, 8 * M, M):
+                        client.write(at, b"w" * M)
+                    errors = {client.command(raw.WRITE_ZEROES, 64 * M + at, M, flags=raw.NO_HOLE).error
+                              for at in range(0, 64 * M, M)}
+                    self.assertEqual(errors, {0, raw.ENOSPC})
+                    client.flush()
+                    # What has its space can be zeroed for ever.
+                    client.expect(0, raw.WRITE_ZEROES, 0, 8 * M, flags=raw.NO_HOLE)
+                    client.flush()
+                    numbers = counters(server)
+                    self.assertEqual((numbers["dirty"], numbers["reserved"], numbers["failed"]), (0, 0, 0))
+                    self.assertEqual(client.read(0, 8 * M), bytes(8 * M))
 
     def test_what_is_promised_to_one_image_is_not_promised_to_another(self):
         size = 128 * M
