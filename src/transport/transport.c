@@ -25,9 +25,11 @@ static bool is_listening(int fd)
 int transports_hold(struct transport_holds *holds, const struct transport_addrs *addrs, const int *listen_fds,
                     unsigned nr_listen_fds, const struct transport_hold_options *options, struct err *err)
 {
+    struct transport_hold_options with_holds = *options;
     unsigned nr = nr_listen_fds;
     int ret;
 
+    with_holds.holds = holds;
     *holds = (struct transport_holds){0};
     // First: a number that is not open would soon be that of something else.
     for (unsigned i = 0; i < nr_listen_fds; i++) {
@@ -49,7 +51,7 @@ int transports_hold(struct transport_holds *holds, const struct transport_addrs 
             struct transport_hold *hold = &holds->holds[holds->nr_holds];
 
             *hold = (struct transport_hold){.ops = ops, .addr = addrs[i].addrs[j], .fd = -1};
-            ret = ops->hold(hold, options, err);
+            ret = ops->hold(hold, &with_holds, err);
             if (ret < 0)
                 goto out_release;
             holds->nr_holds++;

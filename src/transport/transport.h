@@ -24,8 +24,9 @@ struct transport_hold_options {
     const char *ring_name; // --ring
     unsigned nr_queues, depth;
     bool is_read_only;
-    bool is_direct;     // data goes to the image as it comes: nothing of ours looks at it
-    bool is_supervised; // a worker that dies is followed by another one
+    bool is_direct;                      // data goes to the image as it comes: nothing of ours looks at it
+    bool is_supervised;                  // a worker that dies is followed by another one
+    const struct transport_holds *holds; // what is held already; transports_hold() sets it
 };
 
 struct transport_hold {

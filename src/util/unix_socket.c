@@ -1,6 +1,7 @@
 #include "util/unix_socket.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -32,12 +33,13 @@ static int unix_socket_probe(const struct sockaddr_un *sun)
 // A path without a listener behind it, or a negative errno.
 static int unix_socket_clear_path(const char *what, const struct sockaddr_un *sun, struct err *err)
 {
-    struct stat st;
+    struct statx stx;
     int ret;
 
-    if (lstat(sun->sun_path, &st) < 0)
+    // Not asking who serves a FUSE file that is there: that may be us, who do not serve yet.
+    if (statx(AT_FDCWD, sun->sun_path, AT_SYMLINK_NOFOLLOW | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
         return 0; // bind() will tell what is wrong, if anything
-    if (!S_ISSOCK(st.st_mode))
+    if (!S_ISSOCK(stx.stx_mode))
         return err_set(err, -EEXIST, "%s%s: exists and is no socket; use another path", what, sun->sun_path);
     ret = unix_socket_probe(sun);
     if (ret != -ECONNREFUSED) // EAGAIN: somebody listens and is busy

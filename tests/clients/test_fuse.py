@@ -294,6 +294,12 @@ class Life(FuseCase):
                            ("/no/such/directory/device", "No such file or directory")):
             done = run(BIGHT, "serve", image, "--fuse", path, status=1)
             self.assertRegex(done.stderr, rf"\Abight: --fuse: [^\n]*{told}[^\n]*; [^\n]+\n\Z")
+        link = self.path("link")
+        os.symlink(self.path("twice"), link)
+        for option, path in (("--fuse", self.path("twice")), ("--fuse", link), ("--nbd", "unix:" + self.path("twice"))):
+            done = run(BIGHT, "serve", image, "--fuse", self.path("twice"), option, path, status=1)
+            self.assertRegex(done.stderr, r"\Abight: --[^\n]*(is named twice|is no regular file); [^\n]+\n\Z")
+            self.assertEqual(mounts(self.path("twice")), [])
         self.assertTrue(harness.read_file(image) == harness.pattern(64 * K))
         other = self.image(b"", size=M, name="other.img")
         with self.files(image) as server:

@@ -307,6 +307,19 @@ static int mount_open(const char *path, bool is_read_only)
     return ret < 0 ? ret : fd;
 }
 
+// Whether this process has mounted there. Until it serves that, even stat(2) of it would wait for ever.
+static bool mount_is_held(const char *path, const struct transport_holds *holds)
+{
+    char held[PATH_MAX];
+
+    for (unsigned i = 0; i < holds->nr_holds; i++) {
+        if (holds->holds[i].ops == &fuse_transport_ops && realpath(holds->holds[i].addr, held) &&
+            !strcmp(held, path))
+            return true;
+    }
+    return false;
+}
+
 // The file to be mounted over; it is made where there is none. What a server that is gone left mounted is
 // unmounted. 1: it was made. Else 0 or a negative errno.
 static int mount_point(char *path, const char *addr, const struct transport_hold_options *options,
@@ -322,6 +335,8 @@ static int mount_point(char *path, const char *addr, const struct transport_hold
                        strerror(errno));
     if (!realpath(addr, path))
         return err_set(err, -errno, "--fuse: %s: %s; name a file", addr, strerror(errno));
+    if (mount_is_held(path, options->holds))
+        return err_set(err, -EBUSY, "--fuse: %s: is named twice; name another file", addr);
     if (stat(path, &st) < 0 && errno == ENOTCONN)
         mount_undo(path);
     if (stat(path, &st) < 0)
