@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "cli/cli.h"
@@ -87,6 +88,18 @@ void ask_put(const char *text)
         putchar((unsigned char)*text < ' ' || *text == 0x7f ? '?' : *text);
 }
 
+void ask_put_json(struct json_object *object)
+{
+    char *text = strdup(
+        json_object_to_json_string_ext(object, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+
+    if (!text)
+        return;
+    util_make_utf8(text);
+    puts(text);
+    free(text);
+}
+
 void ask_print(struct json_object *answer, bool is_json)
 {
     struct json_object_iterator at, end;
@@ -94,8 +107,7 @@ void ask_print(struct json_object *answer, bool is_json)
     json_object_object_del(answer, "bight");
     json_object_object_del(answer, "ok");
     if (is_json) {
-        puts(
-            json_object_to_json_string_ext(answer, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+        ask_put_json(answer);
         return;
     }
     at = json_object_iter_begin(answer);

@@ -19,6 +19,8 @@ struct json_object *ask(const char *who, struct json_object *request, struct err
 
 // What others have named, on one line and without commands to the terminal. NULL: nothing.
 void ask_put(const char *text);
+// As JSON, and so as UTF-8, which a path in it need not be.
+void ask_put_json(struct json_object *object);
 
 // An answer as a table for people, or as JSON.
 void ask_print(struct json_object *answer, bool is_json);

@@ -100,7 +100,7 @@ static int list_main(int argc, char **argv)
     if (ret < 0)
         ask_failed(&err);
     else if (is_json)
-        puts(json_object_to_json_string_ext(list, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+        ask_put_json(list);
     else
         list_print(list);
     json_object_put(list);

@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cli/ask.h"
 #include "cli/cli.h"
 #include "map/fastfs.h"
 #include "map/fiemap.h"
@@ -322,7 +323,7 @@ static int print_json(const struct file_map *map)
         json_object_array_add(list, item);
     }
     json_object_object_add(top, "extents", list);
-    puts(json_object_to_json_string_ext(top, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+    ask_put_json(top);
     json_object_put(top);
     return 0;
 }

@@ -38,7 +38,7 @@ struct json_object *server_parse(const char *line, size_t len, struct err *err)
         err_set(err, -ENOMEM, "out of memory");
         return NULL;
     }
-    json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
+    json_tokener_set_flags(tokener, JSON_TOKENER_STRICT); // not UTF-8 alone: paths are of any bytes
     request = json_tokener_parse_ex(tokener, line, (int)len);
     if (!request || !json_object_is_type(request, json_type_object)) {
         err_set(err, -EBADMSG, "no JSON object in a line; see bight(1) for what is understood");

@@ -350,6 +350,7 @@ static void supervisor_write_state(struct supervisor *supervisor)
 static void supervisor_ready(struct supervisor *supervisor, const struct message *message)
 {
     struct json_object *object;
+    char *json;
 
     if (message->text[0])
         snprintf(supervisor->facts.device, sizeof(supervisor->facts.device), "%.500s", message->text);
@@ -359,9 +360,13 @@ static void supervisor_ready(struct supervisor *supervisor, const struct message
     supervisor->is_ready = true;
     notify_send("READY=1");
     object = control_describe(&supervisor->facts, "running", NULL);
-    supervisor_answer(supervisor, supervisor->options->is_json
-                                      ? json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN)
-                                      : supervisor->facts.device);
+    json = supervisor->options->is_json
+               ? strdup(json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN))
+               : NULL;
+    if (json)
+        util_make_utf8(json);
+    supervisor_answer(supervisor, json ? json : supervisor->facts.device);
+    free(json);
     json_object_put(object);
 }
 

@@ -69,7 +69,8 @@ int util_parse_uint(const char *text, unsigned long min, unsigned long max, unsi
     return 0;
 }
 
-bool util_is_utf8(const char *text)
+// How many bytes of a character text begins with; 0: none that is well-formed.
+static size_t utf8_bytes(const char *text)
 {
     // A first byte from here on leads this many more, to a number of at least that.
     static const struct {
@@ -78,24 +79,41 @@ bool util_is_utf8(const char *text)
     } leads[] = {{0xf8, 0, 0},    {0xf0, 3, 0x10000}, {0xe0, 2, 0x800},
                  {0xc0, 1, 0x80}, {0x80, 0, 0},       {0, 0, 0}};
 
-    while (*text) {
-        unsigned char c = (unsigned char)*text++;
-        unsigned i = 0, code;
+    unsigned char c = (unsigned char)*text;
+    unsigned i = 0, code;
 
-        while (c < leads[i].first)
-            i++;
-        if (c >= 0x80 && !leads[i].nr_more)
-            return false;
-        code = c & (leads[i].nr_more ? 0x3fU >> leads[i].nr_more : 0x7fU);
-        for (unsigned more = leads[i].nr_more; more; more--) {
-            c = (unsigned char)*text;
-            if ((c & 0xc0) != 0x80) // the end of the text as well
-                return false;
-            code = code << 6 | (c & 0x3fU);
-            text++;
-        }
-        if (code < leads[i].min || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
-            return false;
+    while (c < leads[i].first)
+        i++;
+    if (c >= 0x80 && !leads[i].nr_more)
+        return 0;
+    code = c & (leads[i].nr_more ? 0x3fU >> leads[i].nr_more : 0x7fU);
+    for (unsigned more = 1; more <= leads[i].nr_more; more++) {
+        c = (unsigned char)text[more];
+        if ((c & 0xc0) != 0x80) // the end of the text as well
+            return 0;
+        code = code << 6 | (c & 0x3fU);
     }
-    return true;
+    if (code < leads[i].min || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
+        return 0;
+    return 1 + leads[i].nr_more;
+}
+
+bool util_is_utf8(const char *text)
+{
+    size_t bytes = 1;
+
+    for (; *text && bytes; text += bytes)
+        bytes = utf8_bytes(text);
+    return bytes;
+}
+
+void util_make_utf8(char *text)
+{
+    while (*text) {
+        size_t bytes = utf8_bytes(text);
+
+        if (!bytes)
+            *text = '?';
+        text += bytes ? bytes : 1;
+    }
 }

@@ -46,3 +46,5 @@ int util_parse_uint(const char *text, unsigned long min, unsigned long max, unsi
 
 // Whether text is well-formed UTF-8 (RFC 3629).
 bool util_is_utf8(const char *text);
+// Puts a question mark for every byte that keeps it from being that.
+void util_make_utf8(char *text);

@@ -196,6 +196,22 @@ class Images(Attached):
         self.assertIn('/a??[2J"ü.img\n', self.bight("show", name))
         self.assertTrue(self.show(name)["image"].endswith('/a\n\x1b[2J"ü.img'))
 
+    def test_an_image_may_be_called_by_bytes_that_are_no_text(self):
+        """JSON is text all the same."""
+        image = os.fsencode(self.dir) + b"/a\xff\xc3.img"
+        with open(image, "wb") as file:
+            file.truncate(M)
+        other = os.fsencode(self.dir) + b"/other\xff.img"
+        with open(other, "wb") as file:
+            file.truncate(M)
+        self.assertEqual(json.loads(self.attach("--json", os.fsdecode(image), *self.nbd()))["name"], "a__")
+        self.assertEqual(self.list()["a__"]["state"], "running")
+        self.assertEqual(self.show("a__")["image"], self.path("a??.img"))
+        self.assertEqual(self.show(os.fsdecode(image))["name"], "a__")
+        self.bight("switch", os.fsdecode(image), os.fsdecode(other))
+        self.assertEqual(self.show("a__")["image"], self.path("other?.img"))
+        self.bight("detach", os.fsdecode(other))
+
     @harness.need_root
     def test_a_run_directory_without_room_is_refused_and_left_empty(self):
         full = self.path("full")

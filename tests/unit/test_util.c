@@ -216,11 +216,15 @@ static void utf8_is_told_from_other_bytes(void **state)
                                       "\377",
                                       "x\370\210\200\200\200"};
 
+    char text[] = "\377caf\351 n\303\244me\303\342\202\254\342\202";
+
     (void)state;
     for (unsigned i = 0; i < ARRAY_SIZE(good); i++)
         assert_true(util_is_utf8(good[i]));
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
         assert_false(util_is_utf8(bad[i]));
+    util_make_utf8(text);
+    assert_string_equal(text, "?caf? n\303\244me?\342\202\254??");
 }
 
 static int bind_datagram(const struct sockaddr_un *sun, socklen_t len)
