@@ -83,8 +83,9 @@ static int attach_resolve(struct attach *attach, struct err *err)
                          "--name: %s: use up to %d of A-Z a-z 0-9 . _ -, and begin with a letter or digit",
                          options->names[0], STATE_NAME_MAX);
     if (!realpath(options->images[0], attach->image))
-        return err_set(err, -errno, "%s: %s; create it first (truncate -s SIZE makes a sparse one)",
-                       options->images[0], strerror(errno));
+        return err_set(err, -errno, "%s: %s; %s", options->images[0], strerror(errno),
+                       errno == ENOENT ? "create it first (truncate -s SIZE makes a sparse one)"
+                                       : "name a file that you can reach");
     options->images[0] = attach->image;
     if (!getcwd(attach->cwd, sizeof(attach->cwd)))
         strcpy(attach->cwd, "/");
@@ -169,13 +170,24 @@ static int attach_choose(struct attach *attach, struct err *err)
     return attach_hold_one(attach, &nbd_transport_ops, nbd, err);
 }
 
+// That were passed to the process that was asked: what others left in its environment is nothing to it.
+static bool attach_has_sockets(const struct options *options)
+{
+    const char *text = getenv("LISTEN_PID");
+    pid_t asked = options->is_foreground ? getpid() : getppid();
+    unsigned long pid;
+
+    return text && !util_parse_uint(text, 1, INT32_MAX, &pid) && pid == (unsigned long)asked &&
+           getenv("LISTEN_FDS");
+}
+
 static bool attach_has_transport(const struct options *options)
 {
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
         if (options->addrs[i].nr_addrs)
             return true;
     }
-    return getenv("LISTEN_FDS");
+    return attach_has_sockets(options);
 }
 
 // Its driver has the kernel look for partitions, whatever is asked.

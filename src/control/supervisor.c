@@ -478,8 +478,10 @@ static void describe_death(char *text, size_t bytes, int status)
     if (WIFSIGNALED(status))
         snprintf(text, bytes, "the worker was killed by signal %d (SIG%s)", WTERMSIG(status),
                  sigabbrev_np(WTERMSIG(status)) ? sigabbrev_np(WTERMSIG(status)) : "?");
-    else
+    else if (WEXITSTATUS(status))
         snprintf(text, bytes, "the worker ended with status %d", WEXITSTATUS(status));
+    else // nothing is left to serve
+        snprintf(text, bytes, "its file was unmounted, or its device deleted, by somebody else");
 }
 
 // P4: whether this death was the last one, and why.
@@ -626,7 +628,11 @@ static int supervisor_listen(struct supervisor *supervisor)
     // By way of the directory's descriptor: a path in it may be too long for a socket.
     snprintf(path, sizeof(path), "/proc/self/fd/%d/control", supervisor->options->dir->fd);
     supervisor->listen_fd = unix_socket_listen("control socket: ", path, &supervisor->err);
-    return supervisor->listen_fd < 0 ? supervisor->listen_fd : 0;
+    if (supervisor->listen_fd < 0)
+        return err_set(&supervisor->err, supervisor->listen_fd,
+                       "%s/control: %s; make room, or set BIGHT_RUN_DIR", supervisor->options->dir->path,
+                       strerror(-supervisor->listen_fd));
+    return 0;
 }
 
 int supervisor_run(const struct supervisor_options *options, struct err *err)

@@ -176,7 +176,9 @@ class Images(Attached):
 
     def test_what_cannot_be_attached_says_why_and_leaves_nothing(self):
         image = self.image(size=M)
-        for args, text in (((self.path("none"),), "No such file"), ((self.dir,), "directory"),
+        os.symlink("round", self.path("round"))
+        for args, text in (((self.path("none"),), "create it first"), ((self.dir,), "directory"),
+                           ((self.path("round"),), "symbolic links; name a file that you can reach"),
                            ((image, "--io", "x"), "--io: x"), ((image, "--offset", "2M"), "--offset"),
                            ((image, image), "one IMAGE"), ((image, "--nbd", "x"), "--nbd: x"),
                            ((image, "--nbd", "unix:/no/such/dir/sock"), "/no/such/dir"),
@@ -791,6 +793,11 @@ class ServiceManager(Attached):
         self.assertEqual(process.wait(harness.PATIENCE), 0)
         self.assertTrue(os.path.exists(path), "the socket is the service manager's")
         os.unlink(path)
+
+    def test_sockets_that_were_passed_to_others_are_not_taken(self):
+        harness.run(harness.BIGHT, "attach", "--name", "vm", self.image(size=M),
+                    env=self.env() | {"LISTEN_FDS": "1", "LISTEN_PID": "1"})
+        self.assertEqual(self.list()["vm"]["state"], "running")
 
     def test_a_start_that_fails_has_a_status(self):
         done = harness.run(harness.BIGHT, "attach", "--foreground", "--name", "vm", self.path("none"), env=self.env(),

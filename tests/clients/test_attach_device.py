@@ -338,6 +338,12 @@ class Loop(Attached):
         self.assertFalse(self.is_ours(device))
         self.test_supervisor_and_worker_are_killed_and_nothing_is_stuck()
 
+    def test_a_file_that_somebody_else_has_unmounted_is_told(self):
+        self.attach(self.image(size=M), "--fuse", self.path("file"))
+        harness.run("umount", self.path("file"))
+        harness.wait_until(lambda: self.list()["disk"]["state"] == "failed", "the worker's end")
+        self.assertIn("unmounted", self.list()["disk"]["reason"])
+
     def test_a_device_that_is_given_up_has_no_loop_device(self):
         device = self.attach_loop(self.image(size=M))
         for _ in range(6):  # the first worker has served the kernel's look for partitions
