@@ -34,11 +34,22 @@ static const char detach_help[] =
 
 enum { FLAG_ALL, FLAG_LAZY, FLAG_FORCE, FLAG_NR };
 
+static bool wait_dead(const struct state *state, unsigned seconds)
+{
+    for (unsigned i = 0; i < seconds * 1000000 / KILL_PAUSE_US; i++) {
+        if (state_take_dead(state))
+            return true;
+        usleep(KILL_PAUSE_US);
+    }
+    return false;
+}
+
 // 0, or a negative errno with err set: -EBUSY when that is its own answer.
 static int detach_alive(const struct state *state, const bool flags[FLAG_NR], struct err *err)
 {
     struct json_object *request, *answer;
     struct client client;
+    bool is_over = true;
     int ret = client_open(&client, state, err);
 
     if (ret < 0)
@@ -47,9 +58,15 @@ static int detach_alive(const struct state *state, const bool flags[FLAG_NR], st
     json_object_object_add(request, "lazy", json_object_new_boolean(flags[FLAG_LAZY]));
     json_object_object_add(request, "force", json_object_new_boolean(flags[FLAG_FORCE]));
     answer = client_ask(&client, request, err);
-    if (client.has_ended) // with an error or without; a lazy one may have to wait
+    if (client.has_ended && flags[FLAG_FORCE]) // with an error or without; the supervisor may hang
+        is_over = wait_dead(state, HUNG_SEC);
+    else if (client.has_ended) // a lazy one may have to wait
         state_wait_dead(state);
-    ret = answer ? 0 : client.has_answered ? -EBUSY : client.has_timed_out ? -ETIMEDOUT : -ECONNRESET;
+    ret = !is_over               ? -ETIMEDOUT
+          : answer               ? 0
+          : client.has_answered  ? -EBUSY
+          : client.has_timed_out ? -ETIMEDOUT
+                                 : -ECONNRESET;
     client_close(&client);
     json_object_put(answer);
     return ret;
@@ -90,16 +107,6 @@ static void kill_ours(const struct state *state, struct json_object *object, con
     fclose(file);
 }
 
-static bool wait_dead(const struct state *state)
-{
-    for (unsigned i = 0; i < KILL_SEC * 1000000 / KILL_PAUSE_US; i++) {
-        if (state_take_dead(state))
-            return true;
-        usleep(KILL_PAUSE_US);
-    }
-    return false;
-}
-
 // The supervisor ends its worker and lets go of what it holds; without one, or if it hangs as well, we do.
 static int detach_killed(struct state *state, struct err *err)
 {
@@ -109,11 +116,11 @@ static int detach_killed(struct state *state, struct err *err)
 
     free(text);
     kill_ours(state, object, "pid", SIGQUIT);
-    is_dead = wait_dead(state);
+    is_dead = wait_dead(state, KILL_SEC);
     if (!is_dead) {
         kill_ours(state, object, "pid", SIGKILL);
         kill_ours(state, object, "worker_pid", SIGKILL);
-        is_dead = wait_dead(state);
+        is_dead = wait_dead(state, KILL_SEC);
     }
     json_object_put(object);
     if (!is_dead)

@@ -601,8 +601,9 @@ class Deaths(Attached):
         harness.wait_until(lambda: self.show("disk")["state"] == "running", "another worker")
 
     def test_force_kills_who_does_not_answer(self):
-        """A worker; a worker and its supervisor; a worker without one."""
-        cases = {"a": (("worker_pid",), ()), "b": (("pid", "worker_pid"), ()), "c": (("worker_pid",), ("pid",))}
+        """A worker; a worker and its supervisor; a worker without one; a supervisor."""
+        cases = {"a": (("worker_pid",), ()), "b": (("pid", "worker_pid"), ()), "c": (("worker_pid",), ("pid",)),
+                 "d": (("pid",), ())}
         for name, (stopped, killed) in cases.items():
             self.attach(self.image(size=M, name=name), "--nbd", f"unix:{self.sock(name)}")
             shown = self.show(name)
