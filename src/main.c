@@ -1,5 +1,8 @@
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/cli.h"
 #include "util/log.h"
@@ -30,10 +33,32 @@ static const struct cli_command *find(const char *name)
     return NULL;
 }
 
+// A number below 3 that is closed would be that of the next file, which who prints then writes to.
+static void open_std(void)
+{
+    int fd;
+
+    do {
+        fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    } while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
+// Whoever reads an output that is cut short would take it for all.
+static int end(int status)
+{
+    if (!ferror(stdout) && !fflush(stdout))
+        return status;
+    log_line("standard output: %s; what was to be printed is lost", strerror(errno));
+    return status ? status : CLI_ERROR;
+}
+
 int main(int argc, char **argv)
 {
     const struct cli_command *command;
 
+    open_std();
     if (argc < 2) {
         help(stderr);
         return CLI_USAGE;
@@ -51,5 +76,5 @@ int main(int argc, char **argv)
         return command ? CLI_OK : CLI_USAGE;
     }
     command = find(argv[1]);
-    return command ? command->run(argc - 1, argv + 1) : CLI_USAGE;
+    return command ? end(command->run(argc - 1, argv + 1)) : CLI_USAGE;
 }

@@ -216,14 +216,30 @@ class Images(Attached):
 
     @harness.need_root
     def test_a_run_directory_without_room_is_refused_and_left_empty(self):
+        """For what is remembered; for the control socket."""
         full = self.path("full")
         os.mkdir(full)
-        harness.run("mount", "-t", "tmpfs", "-o", "size=4k", "none", full)
-        self.addCleanup(harness.run, "umount", full)
-        harness.write_file(os.path.join(full, "fill"), bytes(4 * K))
-        done = harness.run(harness.BIGHT, "attach", self.image(size=M), status=1, env=self.env() | {"BIGHT_RUN_DIR": full})
-        self.assertRegex(done.stderr, "^bight: .*: No space left on device; make room, or set BIGHT_RUN_DIR\n$")
-        self.assertEqual(os.listdir(full), ["fill"])
+        for room in ("size=4k", "nr_inodes=4"):
+            harness.run("mount", "-t", "tmpfs", "-o", room, "none", full)
+            self.addCleanup(harness.run, "umount", full)
+            harness.write_file(os.path.join(full, "fill"), bytes(4 * K))
+            done = harness.run(harness.BIGHT, "attach", self.image(size=M), *self.nbd(), status=1,
+                               env=self.env() | {"BIGHT_RUN_DIR": full})
+            self.assertRegex(done.stderr, f"^bight: {full}/.*: No space left on device; make room, or set BIGHT_RUN_DIR\n$")
+            self.assertEqual(os.listdir(full), ["fill"])
+
+    def test_the_caller_may_have_no_standard_files(self):
+        command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", harness.BIGHT, "attach", self.image(size=M), *self.nbd()]
+        harness.run(*command, env=self.env())
+        self.assertEqual(self.list()["disk"]["state"], "running")
+
+    def test_what_cannot_be_printed_is_an_error(self):
+        self.attach(self.image(size=M), *self.nbd())
+        with open("/dev/full", "wb") as full:
+            for command in (("list",), ("show", "disk"), ("stats", "--json", "disk")):
+                done = harness.run(harness.BIGHT, *command, status=1, env=self.env(), stdout=full)
+                self.assertEqual(done.stderr, "bight: standard output: No space left on device; "
+                                              "what was to be printed is lost\n")
 
     def test_what_the_caller_has_open_is_not_kept_open(self):
         ours, theirs = os.pipe()
