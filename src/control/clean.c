@@ -1,6 +1,7 @@
 #include "control/clean.h"
 
 #include <json-c/json.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,7 +31,7 @@ static void clean_transport(struct json_object *object)
 
 int clean_dead(struct state *state, struct err *err)
 {
-    char *text = state_read(state, "state");
+    char data[STATE_PATH_MAX + 8], *text = state_read(state, "state");
     struct json_object *object = text ? json_tokener_parse(text) : NULL, *transports;
 
     (void)err;
@@ -41,6 +42,9 @@ int clean_dead(struct state *state, struct err *err)
             clean_transport(json_object_array_get_idx(transports, i));
     }
     json_object_put(object);
+    // All were killed when it was mounted, and no state had been written yet.
+    snprintf(data, sizeof(data), "%s/data", state->path);
+    fuse_transport_ops.release(&(struct transport_hold){.ops = &fuse_transport_ops, .addr = data, .fd = -1});
     state_remove(state);
     return 0;
 }

@@ -668,8 +668,10 @@ int supervisor_run(const struct supervisor_options *options, struct err *err)
         ret = supervisor_catch_signals(&supervisor);
     if (!ret)
         ret = supervisor_listen(&supervisor);
-    if (!ret)
+    if (!ret) {
+        supervisor_write_state(&supervisor); // now: what is held is to be found should all be killed at once
         ret = supervisor_start_worker(&supervisor);
+    }
     if (ret < 0) {
         transports_release(options->holds);
         *err = supervisor.err;

@@ -338,6 +338,17 @@ class Loop(Attached):
         self.assertFalse(self.is_ours(device))
         self.test_supervisor_and_worker_are_killed_and_nothing_is_stuck()
 
+    def test_all_are_killed_as_soon_as_it_is_mounted(self):
+        image = self.image(size=M, name="early.img")
+        for _ in range(5):
+            subprocess.Popen([harness.BIGHT, "attach", image], env=self.env(), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+            harness.wait_until(lambda: "/early/data " in harness.run("cat", "/proc/mounts").stdout, "the mount")
+            harness.run("pkill", "-KILL", "-f", f"attach {image}")
+            self.bight("detach", "--all", "--force")
+            self.assertEqual(os.listdir(self.run_dir), [])
+            self.assertNotIn("/early/data ", harness.run("cat", "/proc/mounts").stdout)
+
     def test_a_file_that_somebody_else_has_unmounted_is_told(self):
         self.attach(self.image(size=M), "--fuse", self.path("file"))
         harness.run("umount", self.path("file"))
