@@ -10,41 +10,54 @@
 
 #include "util/util.h"
 
-// Whether fd of the process is locked: its fdinfo has a line for each lock.
-static bool has_locks(unsigned long pid, const char *fd)
+enum held { HELD_NOT, HELD_SOMEHOW, HELD_FOR_WRITING };
+
+// How fd of the process is locked: its fdinfo has a line for each lock, which ends with the first and the
+// last byte.
+static enum held locks_of(unsigned long pid, const char *fd)
 {
+    enum held held = HELD_NOT;
     char path[64], line[256];
-    bool found = false;
+    unsigned long long first, last;
     FILE *file;
 
     snprintf(path, sizeof(path), "/proc/%lu/fdinfo/%.20s", pid, fd);
     file = fopen(path, "re");
-    while (file && !found && fgets(line, sizeof(line), file))
-        found = !strncmp(line, "lock:", 5);
+    while (file && held < HELD_FOR_WRITING && fgets(line, sizeof(line), file)) {
+        if (strncmp(line, "lock:", 5))
+            continue;
+        held = sscanf(line, "lock: %*s %*s %*s %*s %*s %*s %llu %llu", &first, &last) == 2 &&
+                       first <= HOLDER_WRITE_BYTE && HOLDER_WRITE_BYTE <= last
+                   ? HELD_FOR_WRITING
+                   : HELD_SOMEHOW;
+    }
     if (file)
         fclose(file);
-    return found;
+    return held;
 }
 
 // By another file descriptor than fd, which is of this process.
-static bool has_locked(unsigned long pid, const struct stat *wanted, int fd)
+static enum held held_by(unsigned long pid, const struct stat *wanted, int fd)
 {
+    enum held held = HELD_NOT;
     struct dirent *entry;
     struct stat st;
     char path[32];
-    bool found = false, is_ours = pid == (unsigned long)getpid();
+    bool is_ours = pid == (unsigned long)getpid();
     char own[16];
     DIR *dir;
 
     snprintf(own, sizeof(own), "%d", fd);
     snprintf(path, sizeof(path), "/proc/%lu/fd", pid);
     dir = opendir(path);
-    while (dir && !found && (entry = readdir(dir)))
-        found = !(is_ours && !strcmp(entry->d_name, own)) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
-                st.st_dev == wanted->st_dev && st.st_ino == wanted->st_ino && has_locks(pid, entry->d_name);
+    while (dir && held < HELD_FOR_WRITING && (entry = readdir(dir))) {
+        if (!(is_ours && !strcmp(entry->d_name, own)) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
+            st.st_dev == wanted->st_dev && st.st_ino == wanted->st_ino)
+            held = max_of(held, locks_of(pid, entry->d_name));
+    }
     if (dir)
         closedir(dir);
-    return found;
+    return held;
 }
 
 static void name_process(unsigned long pid, char *text, size_t text_bytes)
@@ -63,24 +76,26 @@ static void name_process(unsigned long pid, char *text, size_t text_bytes)
 
 void image_holder(int fd, char *text, size_t text_bytes)
 {
+    enum held best = HELD_NOT, held;
     struct dirent *entry;
     struct stat wanted;
     unsigned long pid;
-    bool found = false;
     DIR *dir = fstat(fd, &wanted) < 0 ? NULL : opendir("/proc");
 
     snprintf(text, text_bytes, "somebody");
-    while (dir && !found && (entry = readdir(dir))) {
+    while (dir && best < HELD_FOR_WRITING && (entry = readdir(dir))) {
         // Neither we nor our supervisor.
         if (util_parse_uint(entry->d_name, 1, INT32_MAX, &pid) < 0 || pid == (unsigned long)getpid() ||
             pid == (unsigned long)getppid())
             continue;
-        found = has_locked(pid, &wanted, fd);
-        if (found)
-            name_process(pid, text, text_bytes);
+        held = held_by(pid, &wanted, fd);
+        if (held <= best)
+            continue;
+        best = held;
+        name_process(pid, text, text_bytes);
     }
     if (dir)
         closedir(dir);
-    if (!found && has_locked((unsigned long)getpid(), &wanted, fd))
+    if (!best && held_by((unsigned long)getpid(), &wanted, fd))
         snprintf(text, text_bytes, "this bight, as another image,");
 }

@@ -2,6 +2,7 @@
 
 #include "image/image.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -26,6 +27,8 @@ enum {
 };
 #define LOCK_PERM_BASE 100
 #define LOCK_SHARED_BASE 200
+static_assert(LOCK_PERM_BASE + 1 == HOLDER_WRITE_BYTE && 1 << 1 == PERM_WRITE,
+              "who is named has to be who writes");
 // A server that was killed keeps its locks, and its claim to a block device, until the kernel has taken
 // its ring apart: they are waited for a moment.
 #define HOLDER_TRIES 10

@@ -403,6 +403,17 @@ class Locks(ServeCase):
             self.assertRegex(run("qemu-io", "-f", "raw", "-c", "write 0 512", image, status=None).stderr, "lock")
         self.assertEqual(harness.read_file(image), harness.pattern(SIZE))
 
+    @need("qemu-nbd")
+    def test_who_writes_is_named_not_who_reads(self):
+        image = self.image(size=SIZE)
+        reader = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "raw", "-k", self.path("qemu.sock"), image],
+                                  preexec_fn=harness.die_with_parent)
+        self.addCleanup(reader.wait)
+        self.addCleanup(reader.kill)
+        harness.wait_until(lambda: os.path.exists(self.path("qemu.sock")), "qemu-nbd")
+        with Server(image) as server:
+            self.assertIn(f": bight (process {server.process.pid}) has it open", self.refuse_image(image, "--read-only"))
+
     @contextlib.contextmanager
     def qemu_holding(self, image, *options):
         process = subprocess.Popen([harness.have("qemu-io"), "-f", "raw", *options, image], stdin=subprocess.PIPE,
