@@ -140,7 +140,7 @@ static void a_request_is_one_object_of_our_version(void **state)
     assert_false(parses("{\"bight\":2}"));
     assert_false(parses("{\"bight\":1} x"));
     assert_false(parses("{\"bight\":1}{\"bight\":1}"));
-    assert_false(parses("{\"bight\":1,\"a\":\"\xff\"}"));
+    assert_true(parses("{\"bight\":1,\"a\":\"\xff\"}")); // a path may be of any bytes
     memset(deep + strlen(deep), '[', 50);
     assert_false(parses(deep));
 }
