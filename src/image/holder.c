@@ -1,6 +1,7 @@
 #include "image/holder.h"
 
 #include <dirent.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,24 +13,35 @@
 
 enum held { HELD_NOT, HELD_SOMEHOW, HELD_FOR_WRITING };
 
-// How fd of the process is locked: its fdinfo has a line for each lock, which ends with the first and the
-// last byte.
+// A line of fdinfo, which is taken apart: "lock: ... FIRST LAST", of which LAST may be EOF.
+static enum held lock_of(char *line)
+{
+    char *last = strrchr(line, ' '), *first;
+    unsigned long n;
+
+    if (strncmp(line, "lock:", 5) || !last)
+        return HELD_NOT;
+    *last++ = '\0';
+    last[strcspn(last, "\n")] = '\0';
+    first = strrchr(line, ' ');
+    return first && !util_parse_uint(first + 1, 0, HOLDER_WRITE_BYTE, &n) &&
+                   !util_parse_uint(last, HOLDER_WRITE_BYTE, ULONG_MAX, &n)
+               ? HELD_FOR_WRITING
+               : HELD_SOMEHOW;
+}
+
+// How fd of the process is locked.
 static enum held locks_of(unsigned long pid, const char *fd)
 {
-    enum held held = HELD_NOT;
+    enum held held = HELD_NOT, next;
     char path[64], line[256];
-    unsigned long long first, last;
     FILE *file;
 
     snprintf(path, sizeof(path), "/proc/%lu/fdinfo/%.20s", pid, fd);
     file = fopen(path, "re");
     while (file && held < HELD_FOR_WRITING && fgets(line, sizeof(line), file)) {
-        if (strncmp(line, "lock:", 5))
-            continue;
-        held = sscanf(line, "lock: %*s %*s %*s %*s %*s %*s %llu %llu", &first, &last) == 2 &&
-                       first <= HOLDER_WRITE_BYTE && HOLDER_WRITE_BYTE <= last
-                   ? HELD_FOR_WRITING
-                   : HELD_SOMEHOW;
+        next = lock_of(line);
+        held = max_of(held, next);
     }
     if (file)
         fclose(file);
@@ -39,7 +51,7 @@ static enum held locks_of(unsigned long pid, const char *fd)
 // By another file descriptor than fd, which is of this process.
 static enum held held_by(unsigned long pid, const struct stat *wanted, int fd)
 {
-    enum held held = HELD_NOT;
+    enum held held = HELD_NOT, next;
     struct dirent *entry;
     struct stat st;
     char path[32];
@@ -51,9 +63,11 @@ static enum held held_by(unsigned long pid, const struct stat *wanted, int fd)
     snprintf(path, sizeof(path), "/proc/%lu/fd", pid);
     dir = opendir(path);
     while (dir && held < HELD_FOR_WRITING && (entry = readdir(dir))) {
-        if (!(is_ours && !strcmp(entry->d_name, own)) && !fstatat(dirfd(dir), entry->d_name, &st, 0) &&
-            st.st_dev == wanted->st_dev && st.st_ino == wanted->st_ino)
-            held = max_of(held, locks_of(pid, entry->d_name));
+        if ((is_ours && !strcmp(entry->d_name, own)) || fstatat(dirfd(dir), entry->d_name, &st, 0) < 0 ||
+            st.st_dev != wanted->st_dev || st.st_ino != wanted->st_ino)
+            continue;
+        next = locks_of(pid, entry->d_name);
+        held = max_of(held, next);
     }
     if (dir)
         closedir(dir);
