@@ -20,18 +20,21 @@ struct node_work {
     struct node *node;
     enum node_op what;
     char device[LOOP_DEVICE_BYTES];
+    bool is_read_only;
     struct err err;
     void (*done)(void *arg, int error, const struct err *err);
     void *arg;
 };
 
-static int node_reread(const char *device, struct err *err)
+// is_reread: and drops what is cached of it.
+static int node_tell(const char *device, bool is_read_only, bool is_reread, struct err *err)
 {
-    int fd = open(device, O_RDONLY | O_CLOEXEC), ret;
+    int fd = open(device, O_RDONLY | O_CLOEXEC), value = is_read_only, ret = 0;
 
     if (fd < 0)
         return err_set(err, -errno, "%s: %s", device, strerror(errno));
-    ret = ioctl(fd, BLKFLSBUF) < 0 ? err_set(err, -errno, "%s: its cache: %s", device, strerror(errno)) : 0;
+    if (ioctl(fd, BLKROSET, &value) < 0 || (is_reread && ioctl(fd, BLKFLSBUF) < 0))
+        ret = err_set(err, -errno, "%s: telling it of a change: %s", device, strerror(errno));
     close(fd);
     return ret;
 }
@@ -50,8 +53,10 @@ static int node_work(struct node_work *work)
         ret = loop_resize(work->device, &work->err);
         break;
     case NODE_REREAD:
-        ret = node_reread(work->device, &work->err);
+        ret = node_tell(work->device, work->is_read_only, true, &work->err);
         break;
+    case NODE_READ_ONLY:
+        return node_tell(work->device, work->is_read_only, false, &work->err);
     default:
         return loop_detach(work->device, work->node->path, work->what == NODE_DETACH_LAZY, &work->err);
     }
@@ -102,6 +107,7 @@ void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int err
     work->op = (struct ring_op){.done = node_work_done};
     work->node = node;
     work->what = op;
+    work->is_read_only = node->options.is_read_only;
     work->done = done;
     work->arg = arg;
     memcpy(work->device, node->device, sizeof(work->device));

@@ -11,7 +11,8 @@ enum node_op {
     NODE_DETACH,
     NODE_DETACH_LAZY, // at its last close
     NODE_RESIZE,
-    NODE_REREAD, // other contents: what is cached of it is dropped
+    NODE_REREAD,    // other contents: what is cached of it is dropped
+    NODE_READ_ONLY, // or not any more, as its options say now
 };
 
 struct node {

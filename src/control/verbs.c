@@ -1,9 +1,12 @@
 #include "control/verbs.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "control/metrics.h"
@@ -190,7 +193,6 @@ struct verb_change {
     struct device_change change;
     struct control *control;
     struct server_conn *conn;
-    bool is_set; // the node on top has nothing to do with it
     enum node_op node_op;
 };
 
@@ -210,15 +212,18 @@ static void verb_changed(struct device_change *change, int error)
 {
     struct verb_change *verb = container_of(change, struct verb_change, change);
     struct control *control = verb->control;
+    bool is_read_only = change->dev->image->is_read_only;
 
     if (!error)
         error = transports_device_changed(&control->worker->transports, change->dev, &change->err);
     if (error < 0)
         verb_told(verb, error, &change->err);
-    else if (verb->is_set)
+    else if (verb->node_op == NODE_READ_ONLY && is_read_only == control->node.options.is_read_only)
         verb_told(verb, 0, NULL);
-    else
+    else {
+        control->node.options.is_read_only = is_read_only;
         node_do(&control->node, verb->node_op, verb_told, verb);
+    }
 }
 
 static struct verb_change *verb_change(struct control *control, struct server_conn *conn)
@@ -253,7 +258,7 @@ static void verb_set(struct control *control, struct server_conn *conn, struct j
 
     if (!verb)
         return;
-    verb->is_set = true;
+    verb->node_op = NODE_READ_ONLY;
     if (json_object_object_get_ex(request, "settings", &settings) &&
         json_object_is_type(settings, json_type_object)) {
         json_object_object_foreach(settings, key, value)
@@ -275,6 +280,49 @@ static void verb_set(struct control *control, struct server_conn *conn, struct j
     device_change_start(&verb->change);
 }
 
+// Whether /dev/NAME or a partition of it is the block device, or is what the file's own file system is on.
+static bool is_on_disk(const struct statx *image, const char *name)
+{
+    bool is_device = S_ISBLK(image->stx_mode);
+    char path[64], disk[CONTROL_DEVICE_BYTES + 8], link[PATH_MAX];
+    ssize_t len;
+    const char *at;
+
+    snprintf(path, sizeof(path), "/sys/dev/block/%u:%u",
+             is_device ? image->stx_rdev_major : image->stx_dev_major,
+             is_device ? image->stx_rdev_minor : image->stx_dev_minor);
+    snprintf(disk, sizeof(disk), "/block/%s", name); // ".../block/loop0", ".../block/loop0/loop0p1"
+    len = readlink(path, link, sizeof(link) - 1);
+    link[max_of(len, 0)] = '\0';
+    at = strstr(link, disk);
+    return at && (at[strlen(disk)] == '/' || !at[strlen(disk)]);
+}
+
+// Whether an image is this device itself, or lies on it: it would be asked for what it asks for.
+static bool verb_is_own(const struct control *control, const char *image)
+{
+    const struct control_facts *facts = control->facts;
+    char uri[CONTROL_DEVICE_BYTES];
+    struct statx theirs, ours;
+
+    if (statx(AT_FDCWD, image, AT_STATX_DONT_SYNC, STATX_BASIC_STATS, &theirs) < 0)
+        return false; // who opens it tells
+    for (unsigned i = 0; i <= facts->holds->nr_holds; i++) {
+        if (i < facts->holds->nr_holds)
+            transport_hold_uri(&facts->holds->holds[i], uri, sizeof(uri));
+        else
+            snprintf(uri, sizeof(uri), "%s", control->node.device);
+        if (!strncmp(uri, "/dev/", 5) && is_on_disk(&theirs, uri + 5))
+            return true;
+        if (statx(AT_FDCWD, uri, AT_STATX_DONT_SYNC, STATX_BASIC_STATS, &ours) < 0)
+            continue;
+        if (S_ISREG(ours.stx_mode) && ours.stx_dev_major == theirs.stx_dev_major &&
+            ours.stx_dev_minor == theirs.stx_dev_minor && ours.stx_ino == theirs.stx_ino)
+            return true;
+    }
+    return false;
+}
+
 static void verb_switch(struct control *control, struct server_conn *conn, struct json_object *request)
 {
     struct verb_change *verb = verb_change(control, conn);
@@ -286,6 +334,10 @@ static void verb_switch(struct control *control, struct server_conn *conn, struc
     if (!json_object_object_get_ex(request, "image", &image) ||
         !json_object_is_type(image, json_type_string) || json_object_get_string(image)[0] != '/') {
         err_usage(&verb->change.err, "switch: no image is named; use its absolute path");
+        verb_change_refused(verb);
+    } else if (verb_is_own(control, json_object_get_string(image))) {
+        err_set(&verb->change.err, -ELOOP, "%.400s: is this device, or lies on it; name another image",
+                json_object_get_string(image));
         verb_change_refused(verb);
     } else if (device_change_image(&verb->change, json_object_get_string(image)) < 0) {
         verb_change_refused(verb);

@@ -298,6 +298,22 @@ class Loop(Attached):
         self.bight("switch", "disk", second)
         self.assertTrue(harness.read_file(device) == harness.pattern(M, 2))
 
+    def test_a_switch_to_itself_is_refused(self):
+        device = self.attach_loop(self.formatted("ext4", 64 * M), "--name", "disk")
+        with harness.mounted(device, "ext4") as point:
+            inside = harness.write_file(os.path.join(point, "inside"), bytes(M))
+            for image in (device, os.path.join(self.run_dir, "disk/data"), inside):
+                with self.subTest(image):
+                    self.bight("switch", "disk", image, status=1)
+                    self.assertIn("is this device, or lies on it; name another image", self.stderr)
+            self.assertEqual(harness.read_file(inside), bytes(M))
+
+    def test_read_only_is_told_to_the_block_device(self):
+        device = self.attach_loop(self.image(size=M), "--name", "disk")
+        for value, told in (("on", "1"), ("off", "0")):
+            self.bight("set", "disk", f"readonly={value}")
+            self.assertEqual(harness.run("blockdev", "--getro", device).stdout.strip(), told)
+
     def test_switches_under_load_tear_nothing(self):
         images = {letter: self.image(SwitchLoad.contents(letter), SwitchLoad.SIZE, f"{letter}.img") for letter in "AB"}
         device = self.attach_loop(images["A"], "--name", "disk")
