@@ -9,6 +9,7 @@
 #define MAX_PLACES (4 * MiB)         // of a byte each
 #define MAX_RUN_BYTES (1024 * MiB)   // one call to the mapper
 #define LONE_BYTES CACHE_CHUNK_BYTES // a run without neighbours is rounded to this
+#define NEAR_UNITS 4                 // that are close behind
 
 int delalloc_create(struct delalloc *delalloc, struct page_cache *cache, struct map *map, int space_fd,
                     uint64_t size_bytes, uint64_t unit_bytes)
@@ -336,13 +337,28 @@ static struct run find_run(struct delalloc *delalloc, uint64_t offset)
     return run;
 }
 
-// Whether the run is in a unit that has something already.
+// Whether all that can be known of [start, end) is allocated.
+static bool is_allocated(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
+        if (atomic_load(delalloc_place(delalloc, at)) < PLACE_FRESH)
+            return false;
+    }
+    return true;
+}
+
+// Whether the run is in a unit that has something already, or close behind one that has all: the file is
+// being filled there, and what this run took alone would be a piece of its own for ever.
 static bool has_begun(struct delalloc *delalloc, const struct run *run)
 {
-    uint64_t end = min_of(round_up(run->end, delalloc->unit_bytes), delalloc->size_bytes);
+    uint64_t unit = delalloc->unit_bytes, start = round_down(run->start, unit);
+    uint64_t end = min_of(round_up(run->end, unit), delalloc->size_bytes);
 
-    for (uint64_t at = round_down(run->start, delalloc->unit_bytes); at < end;
-         at = place_next(delalloc, at)) {
+    for (unsigned i = 1; i <= NEAR_UNITS && start >= i * unit; i++) {
+        if (is_allocated(delalloc, start - i * unit, start - (i - 1) * unit))
+            return true;
+    }
+    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
         uint8_t known = atomic_load(delalloc_place(delalloc, at));
 
         if (known != PLACE_EMPTY && known != PLACE_UNKNOWN)

@@ -191,6 +191,20 @@ static void test_a_lone_page_takes_a_chunk_only(void **state)
     assert_int_equal(NR_BLOCKS - fake.free_blocks, 256 + CACHE_CHUNK_PAGES);
 }
 
+static void test_a_lone_page_behind_a_whole_unit_takes_its_own(void **state)
+{
+    int error;
+
+    (void)state;
+    write_pages(256, 1);
+    write_pages(300, 1);
+    write_pages(3 * 256 + 77, 1);
+    write_pages(10 * 256 + 77, 1); // too far behind
+    assert_int_equal(allocate_all(&error), 0);
+    assert_int_equal(fake.nr_creates, 3);
+    assert_int_equal(NR_BLOCKS - fake.free_blocks, 256 + 256 + CACHE_CHUNK_PAGES);
+}
+
 static void test_what_is_mapped_is_not_asked_for(void **state)
 {
     int error;
@@ -413,6 +427,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_one_call_for_a_sequential_write, setup, teardown),
         cmocka_unit_test_setup_teardown(test_random_pages_close_by_are_one_run, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_lone_page_takes_a_chunk_only, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_lone_page_behind_a_whole_unit_takes_its_own, setup, teardown),
         cmocka_unit_test_setup_teardown(test_what_is_mapped_is_not_asked_for, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_mapper_that_gives_less_is_asked_for_the_rest, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_call_that_fails_leaves_the_rest_delayed, setup, teardown),
