@@ -543,10 +543,10 @@ def fio(target, row, workdir, seconds, ramp, extra=()):
             "lat_p99_us": result["lat_ns"]["percentile"]["99.000000"] / 1000}
 
 
-def vu_load(target, row, seconds, ramp):
-    """The same by bench/vu_load, which is a guest."""
+def vu_load(target, row, seconds, ramp, extra=()):
+    """The same by bench/vu_load, which is a guest. extra: of fio's options it knows --fsync."""
     argv = [*target.vhost, "--rw", row.rw, "--bs", row.bs, "--depth", str(row.depth), "--seconds", str(seconds),
-            "--ramp", str(ramp)]
+            "--ramp", str(ramp), *(option.replace("--fsync=", "--flush-every=") for option in extra)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 + 10 * (seconds + ramp))
     if done.returncode:
         raise BenchError(f"vu_load: exit {done.returncode}: {(done.stderr.strip() or done.stdout)[-300:]}")
@@ -565,7 +565,7 @@ def run_once(contestant, row, image, workdir, seconds, ramp, extra=()):
         before = cpu_clocks()
         try:
             if target.vhost:
-                result = vu_load(target, row, seconds, ramp)
+                result = vu_load(target, row, seconds, ramp, extra)
             else:
                 result = fio(target, row, workdir, seconds, ramp, extra)
         except BenchError as error:
