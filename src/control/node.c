@@ -5,23 +5,32 @@
 #include <linux/fs.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "control/partitions.h"
 #include "util/util.h"
 
+// To the process and back: one datagram each.
+struct node_job {
+    enum node_op what;
+    char device[LOOP_DEVICE_BYTES];
+    struct loop_options options;
+    int ret;
+    struct err err;
+};
+
 struct node_work {
     struct ring_op op; // posted by the thread
     pthread_t thread;
     struct node *node;
-    enum node_op what;
-    char device[LOOP_DEVICE_BYTES];
-    bool is_read_only;
-    struct err err;
+    struct node_job job;
     void (*done)(void *arg, int error, const struct err *err);
     void *arg;
 };
@@ -39,31 +48,82 @@ static int node_tell(const char *device, bool is_read_only, bool is_reread, stru
     return ret;
 }
 
-static int node_work(struct node_work *work)
+static int job_do(struct node_job *job, const char *path)
 {
     struct stat st;
     int ret;
 
-    switch (work->what) {
+    switch (job->what) {
     case NODE_ATTACH:
-        ret = loop_attach(work->device, work->node->path, &work->node->options, &work->err);
+        ret = loop_attach(job->device, path, &job->options, &job->err);
         break;
     case NODE_RESIZE:
-        (void)!stat(work->node->path, &st); // the kernel asks us for the size
-        ret = loop_resize(work->device, &work->err);
+        (void)!stat(path, &st); // the kernel asks us for the size
+        ret = loop_resize(job->device, &job->err);
         break;
     case NODE_REREAD:
-        ret = node_tell(work->device, work->is_read_only, true, &work->err);
+        ret = node_tell(job->device, job->options.is_read_only, true, &job->err);
         break;
     case NODE_READ_ONLY:
-        return node_tell(work->device, work->is_read_only, false, &work->err);
+        return node_tell(job->device, job->options.is_read_only, false, &job->err);
     default:
-        return loop_detach(work->device, work->node->path, work->what == NODE_DETACH_LAZY, &work->err);
+        return loop_detach(job->device, path, job->what == NODE_DETACH_LAZY, &job->err);
     }
     // A disk whose table is damaged is there all the same, to be repaired.
-    if (!ret && work->node->options.is_partscan && partitions_update(work->device, &work->err) < 0)
-        log_line("%s", work->err.line);
+    if (!ret && job->options.is_partscan && partitions_update(job->device, &job->err) < 0)
+        log_line("%s", job->err.line);
     return ret;
+}
+
+static void process_run(int fd, const char *path, int guard_fd)
+{
+    struct node_job job;
+    sigset_t all;
+
+    prctl(PR_SET_NAME, "bight-node");
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL); // it ends with the worker, not before
+    dup2(fd, STDIN_FILENO);
+    dup2(guard_fd, STDOUT_FILENO);
+    close_range(STDERR_FILENO + 1, ~0U, 0); // N2
+    while (recv(STDIN_FILENO, &job, sizeof(job), 0) == sizeof(job)) {
+        job.ret = job_do(&job, path);
+        if (send(STDIN_FILENO, &job, sizeof(job), MSG_NOSIGNAL) < 0 && job.what == NODE_ATTACH && !job.ret)
+            loop_detach(job.device, path, true, &job.err); // nobody will ever know of it
+    }
+    _exit(0);
+}
+
+int node_start_process(const char *path, int guard_fd)
+{
+    int fds[2];
+    pid_t pid;
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) < 0)
+        return -1;
+    pid = fork();
+    if (!pid)
+        process_run(fds[0], path, guard_fd);
+    close(fds[0]);
+    if (pid > 0)
+        return fds[1];
+    close(fds[1]);
+    return -1;
+}
+
+static int node_work(struct node_work *work)
+{
+    struct node *node = work->node;
+    struct node_job *job = &work->job;
+
+    pthread_mutex_lock(&node->lock);
+    if (node->process_fd < 0 || send(node->process_fd, job, sizeof(*job), MSG_NOSIGNAL) < 0)
+        job->ret = job_do(job, node->path); // it could not be had, or was killed
+    else if (recv(node->process_fd, job, sizeof(*job), 0) != sizeof(*job))
+        job->ret =
+            err_set(&job->err, -EIO, "%s: bight-node was killed; detach it, and attach it again", node->path);
+    pthread_mutex_unlock(&node->lock);
+    return job->ret;
 }
 
 static void *node_main(void *arg)
@@ -80,12 +140,12 @@ static void node_work_done(struct ring_op *op, int res)
     struct node *node = work->node;
 
     pthread_join(work->thread, NULL); // R5: it is past its post
-    if (work->what == NODE_ATTACH && !res)
-        memcpy(node->device, work->device, sizeof(node->device));
-    if (work->what == NODE_DETACH && !res)
+    if (work->job.what == NODE_ATTACH && !res)
+        memcpy(node->device, work->job.device, sizeof(node->device));
+    if (work->job.what == NODE_DETACH && !res)
         node->device[0] = '\0';
     --*node->nr_pending;
-    work->done(work->arg, res, &work->err);
+    work->done(work->arg, res, &work->job.err);
     free(work);
 }
 
@@ -106,11 +166,11 @@ void node_do(struct node *node, enum node_op op, void (*done)(void *arg, int err
     }
     work->op = (struct ring_op){.done = node_work_done};
     work->node = node;
-    work->what = op;
-    work->is_read_only = node->options.is_read_only;
+    work->job.what = op;
+    work->job.options = node->options;
     work->done = done;
     work->arg = arg;
-    memcpy(work->device, node->device, sizeof(work->device));
+    memcpy(work->job.device, node->device, sizeof(work->job.device));
     ret = -pthread_create(&work->thread, NULL, node_main, work);
     if (ret < 0) {
         done(arg, ret, &(struct err){.line = "no thread for it"});

@@ -21,6 +21,7 @@
 #include "core/stats.h"
 #include "io/io.h"
 #include "ring/ring.h"
+#include "transport/fuse/mount.h"
 #include "util/notify.h"
 #include "util/unix_socket.h"
 #include "util/util.h"
@@ -76,6 +77,7 @@ struct attached {
     struct control control;
     struct http *http;
     int channel_fd;
+    int node_fd; // N2 of node.h
 };
 
 static void send_message(int channel_fd, const struct message *message, int fd)
@@ -168,6 +170,8 @@ static int worker_ready(struct worker *worker, struct err *err)
         .options = {.is_read_only = worker->devs[0]->image->is_read_only,
                     .is_partscan = options->is_partscan,
                     .block_bytes = options->worker.device.block_bytes},
+        .process_fd = attached->node_fd,
+        .lock = PTHREAD_MUTEX_INITIALIZER,
     };
     // The worker before this one has put it there.
     if (options->node_path && !strncmp(attached->supervisor->facts.device, "/dev/loop", 9))
@@ -220,13 +224,16 @@ static void worker_stopped(struct worker *worker, int error, const struct err *e
     control_end(&attached->control, error, err);
     if (getppid() == supervisor->facts.supervisor_pid)
         return;
+    if (attached->node_fd >= 0)
+        close(attached->node_fd);
     transports_release(supervisor->options->holds); // P5
     state_remove(supervisor->options->dir);
 }
 
 static int worker_main(struct supervisor *supervisor, int channel_fd, int guard_fd)
 {
-    struct attached attached = {.supervisor = supervisor, .channel_fd = channel_fd};
+    struct attached attached = {.supervisor = supervisor, .channel_fd = channel_fd, .node_fd = -1};
+    const struct supervisor_options *options = supervisor->options;
     struct message message = {.kind = MESSAGE_ERROR};
     struct err err = {.line = ""};
     int ret;
@@ -234,6 +241,9 @@ static int worker_main(struct supervisor *supervisor, int channel_fd, int guard_
     close(supervisor->signal_fd);
     if (supervisor->answer_fd >= 0)
         close(supervisor->answer_fd);
+    if (options->node_path) // of the only hold
+        attached.node_fd =
+            node_start_process(options->node_path, (int)options->holds->holds[0].facts[FUSE_FACT_PIPE]);
     ring_guard_fd = guard_fd;
     // A block device or a file of this machine may be what our memory is written back to.
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 """What a plain bight attach gives: a loop device on a FUSE file for root, the file for others; file systems on it."""
+import contextlib
 import glob
 import hashlib
 import json
@@ -15,7 +16,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
-from attached import Attached, Load, SwitchLoad
+from attached import Attached, Load, SwitchLoad, alive
 from harness import K, M
 
 NOBODY = 65534
@@ -34,6 +35,27 @@ def digest(folder):
             if os.path.isfile(path) and not os.path.islink(path):
                 sums[os.path.relpath(path, folder)] = hashlib.sha256(harness.read_file(path)).hexdigest()
     return sums
+
+
+def children(pid):
+    """Of a process's main thread."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        return harness.read_file(f"/proc/{pid}/task/{pid}/children").decode().split()
+    return []
+
+
+def comm(pid):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return harness.read_file(f"/proc/{pid}/comm").decode().strip()
+    return None
+
+
+def waits_for_answer(pid):
+    """Whether one of its threads waits for who serves a FUSE file."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return any(harness.read_file(f"/proc/{pid}/task/{thread}/wchan") == b"request_wait_answer"
+                   for thread in os.listdir(f"/proc/{pid}/task"))
+    return False
 
 
 class DirectFile:
@@ -364,6 +386,34 @@ class Loop(Attached):
             self.bight("detach", "--all", "--force")
             self.assertEqual(os.listdir(self.run_dir), [])
             self.assertNotIn("/early/data ", harness.run("cat", "/proc/mounts").stdout)
+
+    def test_a_worker_killed_while_the_loop_device_waits_for_it_keeps_nothing_waiting(self):
+        """The kernel lets nothing end who waits for a request that the worker has taken, until it is answered."""
+        image = self.image(size=M, name="early.img")
+        command = ["pgrep", "-f", f"^{harness.BIGHT} attach {image}"]
+
+        def ours():
+            return {path for path in glob.glob("/sys/block/loop*") if self.is_ours(path)}
+
+        before = ours()
+        for _ in range(10):
+            attach = subprocess.Popen([harness.BIGHT, "attach", image], env=self.env(), stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True)
+            while attach.poll() is None:
+                worker = next((pid for child in children(attach.pid) for pid in children(child)
+                               if comm(pid) == "bight:early"), None)
+                if worker and any(waits_for_answer(pid) for pid in (worker, *children(worker))):
+                    os.kill(int(worker), signal.SIGKILL)
+                    break
+            _, stderr = attach.communicate(timeout=harness.PATIENCE)
+            if attach.returncode:
+                self.assertIn("SIGKILL", stderr)
+            self.bight("detach", "--all", "--force")
+            self.assertEqual(os.listdir(self.run_dir), [])
+            self.assertNotIn(os.path.realpath(self.run_dir), harness.run("cat", "/proc/mounts").stdout)
+            harness.wait_until(lambda: not any(map(alive, harness.run(*command, status=None).stdout.split())),
+                               "the end of all processes")
+        harness.wait_until(lambda: ours() <= before, "the end of the loop devices")
 
     def test_a_file_that_somebody_else_has_unmounted_is_told(self):
         self.attach(self.image(size=M), "--fuse", self.path("file"))

@@ -1,8 +1,9 @@
 // A mount and its guard.
 //
-//  M1. The guard is a process of its own that waits at the end of a pipe. It unmounts when it is told to, or
-//      when nobody has the other end any more: the holder and its workers are gone, however they ended.
-//      So there is one way to unmount, and it is always gone.
+//  M1. The guard is a process of its own that waits at the end of a pipe. It unmounts when nobody has the
+//      other end any more: the holder has let go, or is gone, and so are its workers, however they ended,
+//      and who puts loop devices on the file (N2 of control/node.h). So there is one way to unmount, it is
+//      always gone, and no loop device comes there after it was looked for one (M4).
 //  M2. The guard is born before the mount and has nothing else open: it keeps no connection alive.
 //  M3. What is unmounted is ours: the last mount at the path, of our type.
 //  M4. Loop devices are known by the path of their file, which they lose when it is unmounted. So they are
@@ -131,11 +132,7 @@ static int guard_start(struct transport_hold *hold, const char *path, bool is_cr
 
 static void guard_end(struct transport_hold *hold)
 {
-    int fd = (int)hold->facts[FUSE_FACT_PIPE];
-
-    if (write(fd, "", 1) < 0) // it is gone, and so is the mount
-        log_verbose("fuse: %s: the guard: %s", hold->addr, strerror(errno));
-    close(fd);
+    close((int)hold->facts[FUSE_FACT_PIPE]);
     while (waitpid((pid_t)hold->facts[FUSE_FACT_GUARD], NULL, 0) < 0 && errno == EINTR)
         ;
 }
@@ -407,7 +404,7 @@ void fuse_release(struct transport_hold *hold)
         mount_undo(hold->addr);
         return;
     }
-    close(hold->fd);
+    close(hold->fd); // the last one of the connection: who waits for an answer gets an error
     guard_end(hold);
     mount_undo(hold->addr); // the guard may have been killed
 }
