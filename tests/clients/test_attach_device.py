@@ -378,14 +378,15 @@ class Loop(Attached):
 
     def test_all_are_killed_as_soon_as_it_is_mounted(self):
         image = self.image(size=M, name="early.img")
+        file = f" {os.path.realpath(self.run_dir)}/early/data "
         for _ in range(5):
             subprocess.Popen([harness.BIGHT, "attach", image], env=self.env(), stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
-            harness.wait_until(lambda: "/early/data " in harness.run("cat", "/proc/mounts").stdout, "the mount")
+            harness.wait_until(lambda: file in harness.run("cat", "/proc/mounts").stdout, "the mount")
             harness.run("pkill", "-KILL", "-f", f"attach {image}")
             self.bight("detach", "--all", "--force")
             self.assertEqual(os.listdir(self.run_dir), [])
-            self.assertNotIn("/early/data ", harness.run("cat", "/proc/mounts").stdout)
+            self.assertNotIn(file, harness.run("cat", "/proc/mounts").stdout)
 
     def test_a_worker_killed_while_the_loop_device_waits_for_it_keeps_nothing_waiting(self):
         """The kernel lets nothing end who waits for a request that the worker has taken, until it is answered."""
