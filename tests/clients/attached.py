@@ -218,7 +218,13 @@ class Load:
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True, preexec_fn=harness.die_with_parent)
         time.sleep(0.3)
+        harness.wait_until(self.takes_sigint, "fio's start")
         return self
+
+    def takes_sigint(self):
+        """Or has ended: on a busy machine it may take a while, and would just die of the signal before."""
+        caught = re.search(r"SigCgt:\s*(\w+)", harness.read_file(f"/proc/{self.process.pid}/status").decode())
+        return self.process.poll() is not None or int(caught[1], 16) & 1 << (signal.SIGINT - 1)
 
     def __exit__(self, kind, *_):
         if self.process.poll() is None:
