@@ -499,7 +499,7 @@ void virtqueue_use(struct virtqueue *vq, struct virtqueue_rq *vrq, uint32_t len)
     ring_defer(vq->queue->ring, &vq->publish_hook);
 }
 
-static void virtqueue_call(struct virtqueue *vq)
+void virtqueue_call(struct virtqueue *vq)
 {
     struct ring *ring = vq->queue->ring;
 

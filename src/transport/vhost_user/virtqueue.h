@@ -165,6 +165,7 @@ bool virtqueue_arm(struct ring_poller *poller);
 void virtqueue_publish(struct ring_hook *hook);
 void virtqueue_await_kick(struct virtqueue *vq);
 void virtqueue_kicked(struct ring_op *op, int res);
+void virtqueue_call(struct virtqueue *vq);
 void virtqueue_call_done(struct ring_op *op, int res);
 void virtqueue_err_done(struct ring_op *op, int res);
 void virtqueue_stop_if_idle(struct virtqueue *vq);

@@ -307,6 +307,10 @@ void virtqueue_started(struct ring_op *op, int res)
     }
     if (vq->call_fd >= 0)
         ring_add_fd(ring, vq->call_fd);
+    // Who had the ring before us may have ended between what it used and the interrupt for it: an end that is
+    // asked for does not wait for somebody to take that. One too many is nothing to a guest.
+    if (virtqueue_get_base(vq))
+        virtqueue_call(vq);
     // There may be requests already: the ring looks before it sleeps.
     ring_add_poller(ring, &vq->poller, vq->poll_ns);
 }
