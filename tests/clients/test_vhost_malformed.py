@@ -170,6 +170,16 @@ class Meaning(Vhost):
             self.assertTrue(raw.share())  # all of it again, under the running ring
             self.assertEqual(raw.request(v.T_IN, 16, into=512)[1], DATA[8192:8704])
 
+    def test_a_ring_that_is_taken_over_interrupts_once(self):
+        """The server that had it before may have died between what it used and the interrupt for that."""
+        with self.connect() as raw:
+            raw.ready()
+            self.assertFalse(raw.is_signalled(raw.call, 0.1))
+            self.assertEqual(raw.request(v.T_IN, 0, into=512)[0], v.OK)
+            raw.ask(v.GET_VRING_BASE, raw.state(0, 0))
+            self.assertTrue(raw.start(base=1))
+            self.assertTrue(raw.is_signalled(raw.call))
+
     def test_memory_comes_and_goes_by_slots(self):
         with self.connect() as raw:
             raw.negotiate()
