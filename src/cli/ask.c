@@ -8,6 +8,7 @@
 
 #include "cli/cli.h"
 #include "control/client.h"
+#include "control/server.h"
 #include "util/util.h"
 
 int ask_parse(int argc, char **argv, const char *help, const char *const *flags, bool *is_set, int *operands)
@@ -90,13 +91,10 @@ void ask_put(const char *text)
 
 void ask_put_json(struct json_object *object)
 {
-    char *text = strdup(
-        json_object_to_json_string_ext(object, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+    char *text = server_text(object, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE);
 
-    if (!text)
-        return;
-    util_make_utf8(text);
-    puts(text);
+    if (text)
+        puts(text);
     free(text);
 }
 

@@ -15,7 +15,7 @@
 #include "control/http.h"
 #include "control/supervisor.h"
 #include "util/log.h"
-#include "util/util.h"
+#include "util/notify.h"
 
 // clang-format off
 static const char attach_help[] =
@@ -170,24 +170,13 @@ static int attach_choose(struct attach *attach, struct err *err)
     return attach_hold_one(attach, &nbd_transport_ops, nbd, err);
 }
 
-// That were passed to the process that was asked: what others left in its environment is nothing to it.
-static bool attach_has_sockets(const struct options *options)
-{
-    const char *text = getenv("LISTEN_PID");
-    pid_t asked = options->is_foreground ? getpid() : getppid();
-    unsigned long pid;
-
-    return text && !util_parse_uint(text, 1, INT32_MAX, &pid) && pid == (unsigned long)asked &&
-           getenv("LISTEN_FDS");
-}
-
 static bool attach_has_transport(const struct options *options)
 {
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
         if (options->addrs[i].nr_addrs)
             return true;
     }
-    return attach_has_sockets(options);
+    return notify_nr_fds(options->is_foreground ? getpid() : getppid()); // who was asked
 }
 
 // Its driver has the kernel look for partitions, whatever is asked.

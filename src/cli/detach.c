@@ -49,7 +49,6 @@ static int detach_alive(const struct state *state, const bool flags[FLAG_NR], st
 {
     struct json_object *request, *answer;
     struct client client;
-    bool is_over = true;
     int ret = client_open(&client, state, err);
 
     if (ret < 0)
@@ -58,15 +57,11 @@ static int detach_alive(const struct state *state, const bool flags[FLAG_NR], st
     json_object_object_add(request, "lazy", json_object_new_boolean(flags[FLAG_LAZY]));
     json_object_object_add(request, "force", json_object_new_boolean(flags[FLAG_FORCE]));
     answer = client_ask(&client, request, err);
-    if (client.has_ended && flags[FLAG_FORCE]) // with an error or without; the supervisor may hang
-        is_over = wait_dead(state, HUNG_SEC);
-    else if (client.has_ended) // a lazy one may have to wait
+    ret = answer ? 0 : client.has_answered ? -EBUSY : client.has_timed_out ? -ETIMEDOUT : -ECONNRESET;
+    if (client.has_ended && !flags[FLAG_FORCE]) // with an error or without; a lazy one may have to wait
         state_wait_dead(state);
-    ret = !is_over               ? -ETIMEDOUT
-          : answer               ? 0
-          : client.has_answered  ? -EBUSY
-          : client.has_timed_out ? -ETIMEDOUT
-                                 : -ECONNRESET;
+    else if (client.has_ended && !wait_dead(state, HUNG_SEC))
+        ret = -ETIMEDOUT; // the supervisor hangs
     client_close(&client);
     json_object_put(answer);
     return ret;

@@ -29,6 +29,15 @@ struct server_conn {
 
 static void conn_take_line(struct server_conn *conn);
 
+char *server_text(struct json_object *object, int flags)
+{
+    char *text = strdup(json_object_to_json_string_ext(object, flags));
+
+    if (text)
+        util_make_utf8(text);
+    return text;
+}
+
 struct json_object *server_parse(const char *line, size_t len, struct err *err)
 {
     struct json_tokener *tokener = json_tokener_new_ex(MAX_DEPTH);

@@ -50,6 +50,10 @@ void server_reply(struct server_conn *conn, struct json_object *result, const st
 void server_park(struct server_conn *conn);
 void server_reply_last(struct server_conn *conn, struct json_object *result, const struct err *err);
 
+// An object as JSON (flags: json-c's), and so as UTF-8, which a path in it need not be; to be freed. NULL: no
+// memory.
+char *server_text(struct json_object *object, int flags);
+
 // One line, without its end, as a request: an object of our version. NULL, with err set: none. For
 // bytes from outside.
 struct json_object *server_parse(const char *line, size_t len, struct err *err);

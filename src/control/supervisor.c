@@ -370,11 +370,7 @@ static void supervisor_ready(struct supervisor *supervisor, const struct message
     supervisor->is_ready = true;
     notify_send("READY=1");
     object = control_describe(&supervisor->facts, "running", NULL);
-    json = supervisor->options->is_json
-               ? strdup(json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN))
-               : NULL;
-    if (json)
-        util_make_utf8(json);
+    json = supervisor->options->is_json ? server_text(object, JSON_C_TO_STRING_PLAIN) : NULL;
     supervisor_answer(supervisor, json ? json : supervisor->facts.device);
     free(json);
     json_object_put(object);

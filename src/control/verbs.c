@@ -216,11 +216,11 @@ static void verb_changed(struct device_change *change, int error)
 
     if (!error)
         error = transports_device_changed(&control->worker->transports, change->dev, &change->err);
-    if (error < 0)
+    if (error < 0) {
         verb_told(verb, error, &change->err);
-    else if (verb->node_op == NODE_READ_ONLY && is_read_only == control->node.options.is_read_only)
+    } else if (verb->node_op == NODE_READ_ONLY && is_read_only == control->node.options.is_read_only) {
         verb_told(verb, 0, NULL);
-    else {
+    } else {
         control->node.options.is_read_only = is_read_only;
         node_do(&control->node, verb->node_op, verb_told, verb);
     }

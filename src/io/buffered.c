@@ -17,7 +17,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core/device.h"
@@ -40,11 +39,6 @@
 #define QUICK_NS 500000
 #define SLOW_FACTOR 100
 #define SLOW_BURST_NS NSEC_PER_SEC // 10 ms by the factor: being preempted is not being slow
-
-// Linux 6.5; the same number everywhere.
-#ifndef __NR_cachestat
-#define __NR_cachestat 451
-#endif
 
 struct buffered {
     struct io io;
@@ -130,20 +124,13 @@ static void buffered_note_time(struct buffered *buffered, uint64_t start_ns)
 
 static bool buffered_is_cached(struct buffered *buffered, int fd, uint64_t offset_bytes, uint64_t len_bytes)
 {
-    struct {
-        uint64_t offset_bytes, len_bytes;
-    } range = {offset_bytes, len_bytes};
-    struct {
-        uint64_t nr_cached, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted;
-    } pages;
     uint64_t first = offset_bytes / buffered->page_bytes;
     uint64_t last = (offset_bytes + len_bytes - 1) / buffered->page_bytes;
+    int64_t nr_cached = util_nr_cached_pages(fd, offset_bytes, len_bytes);
 
-    if (syscall(__NR_cachestat, fd, &range, &pages, 0) < 0) {
+    if (nr_cached < 0)
         atomic_store_explicit(&buffered->cannot_splice, true, memory_order_relaxed);
-        return false;
-    }
-    return pages.nr_cached == last - first + 1;
+    return nr_cached == (int64_t)(last - first + 1);
 }
 
 // What the file had not, the caller has to get: what came is taken back.

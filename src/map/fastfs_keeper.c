@@ -15,17 +15,12 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core/device.h"
 #include "image/image.h"
 #include "map/fastfs.h"
 #include "util/util.h"
-
-#ifndef SYS_cachestat
-#define SYS_cachestat 451
-#endif
 
 #define TICK_MAX_NS (NSEC_PER_SEC)
 #define RETRY_MIN_NS (20 * NSEC_PER_SEC / 1000)
@@ -77,14 +72,7 @@ static void drop_pages(const struct fastfs *fastfs)
 // drop_pages(). Kernels before 6.5 cannot tell.
 static bool has_pages(const struct fastfs *fastfs)
 {
-    const struct {
-        uint64_t offset_bytes, len_bytes; // 0: to the end
-    } all = {0, 0};
-    struct {
-        uint64_t nr_cached, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted;
-    } pages = {0};
-
-    return !syscall(SYS_cachestat, fastfs->map.image->fd, &all, &pages, 0) && pages.nr_cached;
+    return util_nr_cached_pages(fastfs->map.image->fd, 0, 0) > 0;
 }
 
 // extents come into the map or leave it. times: 1 or -1.

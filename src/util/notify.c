@@ -31,15 +31,21 @@ void notify_send(const char *state)
     close(fd);
 }
 
-unsigned notify_listen_fds(void)
+unsigned notify_nr_fds(pid_t pid)
 {
     const char *pid_text = getenv("LISTEN_PID"), *fds_text = getenv("LISTEN_FDS");
-    unsigned long pid, nr_fds;
-    unsigned found = 0;
+    unsigned long asked, nr_fds;
 
-    if (pid_text && fds_text && !util_parse_uint(pid_text, 1, INT32_MAX, &pid) &&
-        pid == (unsigned long)getpid() && !util_parse_uint(fds_text, 1, 1024, &nr_fds))
-        found = (unsigned)nr_fds;
+    return pid_text && fds_text && !util_parse_uint(pid_text, 1, INT32_MAX, &asked) &&
+                   asked == (unsigned long)pid && !util_parse_uint(fds_text, 1, 1024, &nr_fds)
+               ? (unsigned)nr_fds
+               : 0;
+}
+
+unsigned notify_listen_fds(void)
+{
+    unsigned found = notify_nr_fds(getpid());
+
     unsetenv("LISTEN_PID");
     unsetenv("LISTEN_FDS");
     unsetenv("LISTEN_FDNAMES");

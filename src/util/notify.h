@@ -2,8 +2,14 @@
 // library.
 #pragma once
 
+#include <sys/types.h>
+
 // Sends state ("READY=1") to $NOTIFY_SOCKET, if there is one.
 void notify_send(const char *state);
+
+// The number of sockets that were passed to that process; what others left in the environment is nothing to
+// it.
+unsigned notify_nr_fds(pid_t pid);
 
 // The number of sockets that were passed to this process, from NOTIFY_FIRST_FD on; the environment is
 // cleared of them. 0: none.

@@ -2,9 +2,18 @@
 
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
+
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
 
 static uint64_t clock_ns(clockid_t clock)
 {
@@ -22,6 +31,39 @@ uint64_t util_now_ns(void)
 uint64_t util_coarse_ns(void)
 {
     return clock_ns(CLOCK_MONOTONIC_COARSE);
+}
+
+int64_t util_nr_cached_pages(int fd, uint64_t offset_bytes, uint64_t len_bytes)
+{
+    const struct {
+        uint64_t offset_bytes, len_bytes;
+    } range = {offset_bytes, len_bytes};
+    struct {
+        uint64_t nr_cached, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted;
+    } pages;
+
+    return syscall(SYS_cachestat, fd, &range, &pages, 0) < 0 ? -errno : (int64_t)pages.nr_cached;
+}
+
+void util_wait_alone(const char *name, int pipe_fd)
+{
+    sigset_t all;
+    char byte;
+    int null;
+
+    prctl(PR_SET_NAME, name);
+    setsid();
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    if (chdir("/") < 0)
+        _exit(1);
+    null = open("/dev/null", O_RDWR);
+    for (int fd = 0; fd <= 2; fd++)
+        dup2(null, fd);
+    dup2(pipe_fd, 3);
+    close_range(4, ~0U, 0);
+    while (read(3, &byte, 1) < 0 && errno == EINTR)
+        ;
 }
 
 int util_parse_size(const char *text, uint64_t *bytes)

@@ -37,6 +37,14 @@ uint64_t util_now_ns(void);
 // The same to some milliseconds, and cheap.
 uint64_t util_coarse_ns(void);
 
+// Pages of the file of fd that the page cache has in [offset_bytes, + len_bytes), to its end where len_bytes
+// is 0; or a negative errno (-ENOSYS before Linux 6.5). cachestat(2)
+int64_t util_nr_cached_pages(int fd, uint64_t offset_bytes, uint64_t len_bytes);
+
+// For a process that was just forked to outlive us: is called that, gives up every file but the pipe, lets no
+// signal but SIGKILL end it, and returns when nobody has the other end any more.
+void util_wait_alone(const char *name, int pipe_fd);
+
 // A size: digits, then at most one of K, M, G, T (1024-based; either case). What off_t cannot hold is
 // -ERANGE, everything else -EINVAL. 0 when it is one.
 int util_parse_size(const char *text, uint64_t *bytes);

@@ -138,10 +138,14 @@ static bool places_allocated(struct delalloc *delalloc, uint64_t start, uint64_t
     return is_current;
 }
 
-static bool places_are(struct delalloc *delalloc, uint64_t start, uint64_t end, enum place known)
+// All of [start, end) in that part of enum place.
+static bool places_are(struct delalloc *delalloc, uint64_t start, uint64_t end, enum place min,
+                       enum place max)
 {
     for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
-        if (atomic_load(delalloc_place(delalloc, at)) != known)
+        uint8_t known = atomic_load(delalloc_place(delalloc, at));
+
+        if (known < min || known > max)
             return false;
     }
     return true;
@@ -149,12 +153,12 @@ static bool places_are(struct delalloc *delalloc, uint64_t start, uint64_t end, 
 
 bool delalloc_is_full(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
-    return places_are(delalloc, start, end, PLACE_FULL);
+    return places_are(delalloc, start, end, PLACE_FULL, PLACE_FULL);
 }
 
 bool delalloc_is_fresh(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
-    return places_are(delalloc, start, end, PLACE_FRESH);
+    return places_are(delalloc, start, end, PLACE_FRESH, PLACE_FRESH);
 }
 
 uint64_t delalloc_wrote(struct delalloc *delalloc, uint64_t start, uint64_t end)
@@ -261,15 +265,21 @@ static int allocate_range(struct delalloc *delalloc, uint64_t start, uint64_t en
     return 0;
 }
 
+static bool needs_none(struct delalloc *delalloc, uint64_t start, uint64_t end)
+{
+    struct extent ext;
+
+    return !map_extent(delalloc->map, start, end - start, false, true, &ext) && ext.state != EXTENT_HOLE &&
+           ext.len_bytes == end - start;
+}
+
 // A6. As delalloc_create_now(), which has promised it.
 static int has_space(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     struct space *space = delalloc->cache->space;
-    struct extent ext;
 
-    if (!map_extent(delalloc->map, start, end - start, false, true, &ext) && ext.state != EXTENT_HOLE &&
-        ext.len_bytes == end - start)
-        return 0; // needs none
+    if (needs_none(delalloc, start, end))
+        return 0;
     delalloc_refresh(delalloc);
     return atomic_load(&space->nr_promised) <= atomic_load(&space->max_promised) ? 1 : -ENOSPC;
 }
@@ -278,16 +288,14 @@ int delalloc_create_now(struct delalloc *delalloc, uint64_t start, uint64_t end)
 {
     struct page_cache *cache = delalloc->cache;
     int64_t nr_pages = (int64_t)(round_up(end - start, CACHE_PAGE_BYTES) / CACHE_PAGE_BYTES);
-    struct extent ext;
     uint64_t at;
     int ret;
 
     // A2: promised to this write, until the file system has been asked again.
     atomic_fetch_add(&cache->space->nr_promised, nr_pages);
     ret = space_check(cache->space, delalloc->space_fd, atomic_load(&cache->nr_delayed), nr_pages);
-    if (ret < 0 && !map_extent(delalloc->map, start, end - start, false, true, &ext) &&
-        ext.state != EXTENT_HOLE && ext.len_bytes == end - start)
-        ret = 0; // needs none
+    if (ret < 0 && needs_none(delalloc, start, end))
+        ret = 0;
     if (!ret)
         ret = allocate_range(delalloc, start, end, &at);
     if (!ret && atomic_load(&delalloc->cannot_allocate))
@@ -337,16 +345,6 @@ static struct run find_run(struct delalloc *delalloc, uint64_t offset)
     return run;
 }
 
-// Whether all that can be known of [start, end) is allocated.
-static bool is_allocated(struct delalloc *delalloc, uint64_t start, uint64_t end)
-{
-    for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {
-        if (atomic_load(delalloc_place(delalloc, at)) < PLACE_FRESH)
-            return false;
-    }
-    return true;
-}
-
 // Whether the run is in a unit that has something already, or close behind one that has all: the file is
 // being filled there, and what this run took alone would be a piece of its own for ever.
 static bool has_begun(struct delalloc *delalloc, const struct run *run)
@@ -355,7 +353,7 @@ static bool has_begun(struct delalloc *delalloc, const struct run *run)
     uint64_t end = min_of(round_up(run->end, unit), delalloc->size_bytes);
 
     for (unsigned i = 1; i <= NEAR_UNITS && start >= i * unit; i++) {
-        if (is_allocated(delalloc, start - i * unit, start - (i - 1) * unit))
+        if (places_are(delalloc, start - i * unit, start - (i - 1) * unit, PLACE_FRESH, PLACE_FULL))
             return true;
     }
     for (uint64_t at = start; at < end; at = place_next(delalloc, at)) {

@@ -50,6 +50,15 @@ stress() {
 VERIFY = """fio --name=v --filename=/dev/ublkb0 --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k \\
     --iodepth=32 --size=64m --io_size=192m --verify=crc32c --verify_fatal=1 --do_verify=1 \\
     --verify_state_save=0 2>&1"""
+KILL_BOTH = r"""
+kill_both() { # supervisor and worker, and waits until that is told
+    show=$(bight show one --json)
+    for key in pid worker_pid; do
+        kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\([0-9]*\).*/\1/p')
+    done
+    until bight list | grep -q dead; do sleep 0.05; done
+}
+"""
 KILL_WORKERS = r"""
 done_so_far() { awk '{ print $1 + $5 }' /sys/block/ublkb0/stat; }
 kill_workers() { # as often as that, each after it has served something
@@ -307,13 +316,9 @@ class TestAttached(UblkCase):
             echo before >/mnt/before; sync""")
         load = guest.start("""for i in 1 2 3 4 5 6; do
             dd if=/dev/zero of=/mnt/big bs=64k count=300 conv=fsync 2>&1; done""")
-        guest.run("""
+        guest.run(f"""{KILL_BOTH}
             until [ -e /mnt/big ]; do sleep 0.02; done
-            show=$(bight show one --json)
-            for key in pid worker_pid; do
-                kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
-            done
-            until bight list | grep -q dead; do sleep 0.05; done
+            kill_both
             bight recover; bight list | grep -q running""")
         status, output = load.wait()
         self.assertEqual(status, 0, output)
@@ -325,14 +330,10 @@ class TestAttached(UblkCase):
         """The kernel unmounts the device as they end, and has somebody to wait for it."""
         guest = self.boot("unshare")
         for after in ("bight recover; bight list | grep -q running", ":"):
-            guest.run(f"""
+            guest.run(f"""{KILL_BOTH}
                 unshare -m sh -euc 'bight attach --name one /tmp/disk.img; mkfs.ext4 -qF /dev/ublkb0
                     mount /dev/ublkb0 /mnt; echo kept >/mnt/kept; sync; echo new >/mnt/new'
-                show=$(bight show one --json)
-                for key in pid worker_pid; do
-                    kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
-                done
-                until bight list | grep -q dead; do sleep 0.05; done
+                kill_both
                 {after}
                 until bight detach one; do sleep 0.05; done
                 while [ -e /dev/ublkc0 ]; do sleep 0.02; done
@@ -342,13 +343,9 @@ class TestAttached(UblkCase):
     def test_dead_device_is_detached(self):
         """Who waits for it gets errors, and goes on."""
         guest = self.boot()
-        guest.run("""
+        guest.run(f"""{KILL_BOTH}
             bight attach --name one /tmp/disk.img
-            show=$(bight show one --json)
-            for key in pid worker_pid; do
-                kill -9 $(echo "$show" | sed -n 's/.*"'$key'": *\\([0-9]*\\).*/\\1/p')
-            done
-            until bight list | grep -q dead; do sleep 0.05; done""")
+            kill_both""")
         reader = guest.start("dd if=/dev/ublkb0 of=/dev/null bs=4k count=1 iflag=direct")
         guest.run("bight detach one; while [ -e /dev/ublkc0 ]; do sleep 0.02; done; [ -z \"$(bight list)\" ]")
         self.assertNotEqual(reader.wait()[0], 0)

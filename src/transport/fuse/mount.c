@@ -18,7 +18,6 @@
 #include <mntent.h>
 #include <paths.h>
 #include <poll.h>
-#include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,24 +86,8 @@ static void mount_undo(const char *path)
 
 static void guard_run(int pipe_fd, const char *path, bool is_created)
 {
-    sigset_t all;
-    char byte;
-    int null;
-
-    prctl(PR_SET_NAME, "bight-guard");
-    setsid();
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, NULL);
-    if (chdir("/") < 0)
-        _exit(1);
-    null = open("/dev/null", O_RDWR);
-    for (int fd = 0; fd <= 2; fd++)
-        dup2(null, fd);
-    dup2(pipe_fd, 3); // M2
-    close_range(4, ~0U, 0);
-    while (read(3, &byte, 1) < 0 && errno == EINTR)
-        ;
-    mount_undo(path); // M1
+    util_wait_alone("bight-guard", pipe_fd); // M2
+    mount_undo(path);                        // M1
     if (is_created)
         unlink(path);
     _exit(0);

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -127,25 +126,20 @@ static int hold_namespace(int *fd, struct err *err)
     int ends[2];
     pid_t pid;
 
-    if (pipe2(ends, O_CLOEXEC) < 0 || (pid = fork()) < 0)
-        return err_set(err, -errno, "ublk: starting a process: %s", strerror(errno));
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return err_set(err, -errno, "ublk: pipe: %s", strerror(errno));
+    pid = fork();
     if (!pid) {
-        sigset_t all;
-
-        if (fork()) // nobody here waits for the keeper
-            _exit(0);
-        sigfillset(&all);
-        sigprocmask(SIG_BLOCK, &all, NULL); // it ends with us, not before
-        setsid();
-        prctl(PR_SET_NAME, "bight-keeper");
-        dup2(ends[0], STDIN_FILENO);
-        close_range(STDIN_FILENO + 1, ~0U, 0);
-        while (read(STDIN_FILENO, ends, sizeof(ends)) < 0 && errno == EINTR)
-            ;
+        if (!fork()) // nobody here waits for the keeper
+            util_wait_alone("bight-keeper", ends[0]);
         _exit(0);
     }
-    waitpid(pid, NULL, 0);
     close(ends[0]);
+    if (pid < 0) {
+        close(ends[1]);
+        return err_set(err, -errno, "ublk: fork: %s", strerror(errno));
+    }
+    waitpid(pid, NULL, 0);
     *fd = ends[1];
     return 0;
 }

@@ -308,7 +308,8 @@ void virtqueue_started(struct ring_op *op, int res)
     if (vq->call_fd >= 0)
         ring_add_fd(ring, vq->call_fd);
     // Who had the ring before us may have ended between what it used and the interrupt for it: an end that is
-    // asked for does not wait for somebody to take that. One too many is nothing to a guest.
+    // asked for does not wait for somebody to take that. One too many is nothing to a guest. (A split ring
+    // whose index has just come round to 0 is like a fresh one.)
     if (virtqueue_get_base(vq))
         virtqueue_call(vq);
     // There may be requests already: the ring looks before it sleeps.
