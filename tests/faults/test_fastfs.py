@@ -124,15 +124,16 @@ class Others:
         """A file of known contents, on the disk at once: it takes blocks that a punch has freed."""
         name, size = f"other-{number}", 4 * K * self.chance.randrange(1, 64)
         data = self.chance.randbytes(size)
-        if number % 40 == 39:
-            self.fill_up()
         try:
+            if number % 40 == 39:
+                self.fill_up()
             with open(f"{self.point}/{name}", "wb") as file:
                 file.write(data)
                 os.fsync(file.fileno())
             self.files[name] = hashlib.sha256(data).digest()
-        except OSError:  # full
-            os.unlink(f"{self.point}/{name}")
+        except OSError:  # full, and perhaps not even made
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.point}/{name}")
         while len(self.files) > 200:
             name = self.chance.choice(list(self.files))
             os.unlink(f"{self.point}/{name}")
