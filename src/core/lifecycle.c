@@ -285,6 +285,8 @@ int device_take(struct device *dev, const struct device_options *options)
     dev->options.map = map;
     dev->options.image.is_open = false; // that was the first one
     dev->limits = limits_of(dev->image, options->block_bytes);
+    if (dev->writeback) // whose size is what the user wants to be taken
+        dev->limits.max_buf_bytes = WRITEBACK_BUF_BYTES / options->nr_queues;
     dev->durability = flush_durability(&(struct durability_in){
         .is_read_only = dev->image->is_read_only,
         .is_stored = dev->io->ops->is_stored,

@@ -11,6 +11,7 @@ struct limits {
     uint32_t min_block_bytes;       // offsets and lengths are multiples of it; 1: any byte
     uint32_t preferred_block_bytes; // smaller or unaligned is slower
     uint32_t max_transfer_bytes;    // of one READ or WRITE
+    uint64_t max_buf_bytes;         // of memory that transports hold for requests, on each queue (queue.h Q5)
     bool is_read_only;
 };
 

@@ -9,6 +9,8 @@
 //      none is started; those that were under way come to their end.
 //  Q4. nr_parts counts the parts of READ and WRITE that are with the io, those from before the last
 //      barrier apart from those after it. A barrier is over when there are none of the former.
+//  Q5. A transport with memory of its own for requests counts it in buf_bytes, and takes no more than one
+//      request from each stream of them while there are max_buf_bytes: that one wakes the next.
 #pragma once
 
 #include <pthread.h>
@@ -32,6 +34,7 @@ struct queue {
     struct rq *held, **held_tail; // waiting for the end of the freeze
     unsigned nr_parts[2], phase;  // Q4: new ones count in nr_parts[phase]
     bool is_barrier_due;
+    uint64_t buf_bytes; // Q5
     struct queue_stats *stats;
     struct plug plug;
     uint64_t write_end_bytes; // write-back's: of the last WRITE
@@ -44,6 +47,12 @@ struct queue {
 
 // The device's answer to a request. Never blocks. Queue's thread.
 void queue_submit(struct queue *queue, struct rq *rq);
+
+// Q5: whether there may be len_bytes more. Queue's thread.
+static inline bool queue_has_room(const struct queue *queue, uint64_t len_bytes)
+{
+    return queue->buf_bytes + len_bytes <= queue->limits.max_buf_bytes;
+}
 
 // Begins again what was held back; for lifecycle.c.
 void queue_restart_held(struct queue *queue);

@@ -20,6 +20,7 @@ struct writeback;
 #define WRITEBACK_UNIT_BYTES (1024ULL * 1024) // what qemu-img asks XFS for, too
 #define WRITEBACK_MIN_BYTES (1024ULL * 1024)
 #define WRITEBACK_MAX_BYTES (1ULL << 40)
+#define WRITEBACK_BUF_BYTES (8ULL * 1024 * 1024) // for requests on all queues, beside it
 
 // What write-back needs to know beforehand. Main thread, or a worker; cold.
 struct writeback_options {

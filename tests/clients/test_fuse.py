@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 """An image as a file, by FUSE: what it is like, what lies on it, how it ends."""
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -99,6 +100,21 @@ class File(FuseCase):
                     self.assertEqual(os.pread(fd, 4096, size - 100), data[-100:])
                     self.assertEqual(os.pread(fd, 4096, size), b"")
                     self.assertEqual(os.statvfs(fd).f_bsize, 4096)
+
+    def test_memory_is_bounded_with_write_back(self):
+        """What comes while many are being written waits in the kernel."""
+        if harness.sanitized():
+            self.skipTest("a sanitizer's memory says nothing")
+        with self.files(self.image(size=512 * M), args=["--writeback=1M"]) as server:
+            page, before, most = page_aligned(b"x" * M), server.rss(), 0
+            with opened(server.paths[0], os.O_RDWR | os.O_DIRECT) as fd, \
+                    concurrent.futures.ThreadPoolExecutor(48) as pool:
+                writes = [pool.submit(os.pwrite, fd, page, i * M) for i in range(480)]
+                while not all(done.done() for done in writes):
+                    most = max(most, server.rss())
+                    time.sleep(0.005)
+                self.assertEqual({done.result() for done in writes}, {M})
+            self.assertLess(most, before + M + 16 * M)
 
     def test_writes_reach_the_image(self):
         image = self.image(harness.pattern(M))

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 """Write-back: what becomes of a sparse image, of memory, of a file system inside when the server is killed."""
+import concurrent.futures
 import fcntl
 import os
 import random
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "clients"))
@@ -207,6 +209,28 @@ class Limits(Case):
                 most = max(most, server.rss())
             self.assertLess(most, before + size + 16 * M)
             self.assertGreater(most, before + size // 4)
+
+    def test_memory_is_bounded_with_large_requests_of_many_clients(self):
+        if harness.sanitized():
+            self.skipTest("a sanitizer's memory says nothing")
+        server = self.serve(self.image(size=1024 * M), args=["--writeback=1M"])
+        before = most = server.rss()
+        data = b"x" * 4 * M
+
+        def write(first):
+            """What is sent before it is answered waits in the socket, and not in the server."""
+            with server.connect() as client:
+                cookies = [client.issue(raw.WRITE, (first + 3 * i) * len(data), data=data) for i in range(32)]
+                self.assertEqual([client.wait(cookie).error for cookie in cookies], [0] * len(cookies))
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            writes = [pool.submit(write, first) for first in range(3)]
+            while not all(done.done() for done in writes):
+                most = max(most, server.rss())
+                time.sleep(0.005)
+        for done in writes:
+            done.result()
+        self.assertLess(most, before + M + 16 * M)
 
     def test_it_is_refused_where_the_kernel_does_it(self):
         done = run(BIGHT, "serve", "--io", "buffered", "--writeback", self.image(size=M), "--nbd",

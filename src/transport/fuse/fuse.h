@@ -32,6 +32,7 @@ struct fuse_rq {
     bool is_entry; // the one in a struct fuse_entry
     uint8_t *payload;
     struct fuse_request request;
+    uint64_t buf_bytes; // Q5 in core/queue.h, on /dev/fuse: what the data takes
     struct iovec iov;  // of rq
     struct ring_op op; // of what is no rq
 };
