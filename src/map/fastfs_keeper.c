@@ -230,7 +230,8 @@ static int sync_image(const struct fastfs *fastfs, struct err *err)
     const struct image *image = fastfs->map.image;
     int ret;
 
-    if (image->is_read_only || !fdatasync(image->fd))
+    // Also for who only reads: others may have written. is_read_only is the main thread's (image_take()).
+    if (!fdatasync(image->fd))
         return 0;
     ret = -errno;
     flush_failed(fastfs->map.dev, ret);
