@@ -260,6 +260,19 @@ static bool image_ignores_direct(const struct image *image)
            (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
+// What a file with pages in the page cache is punched by. XFS drops whole pages and blocks, writes them
+// before and reads them again after; but what has been spliced out of one meanwhile is all zeroes then.
+static uint32_t image_punch_bytes(const struct image *image)
+{
+    uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), block_bytes;
+    struct statfs fs;
+
+    block_bytes = fstatfs(image->fd, &fs) ? 0 : (uint64_t)fs.f_bsize;
+    if (block_bytes > 64 * KiB || !is_power_of_2(block_bytes))
+        block_bytes = 0; // what a network or so likes to move at once
+    return (uint32_t)max_of(page_bytes, block_bytes);
+}
+
 static void image_check_direct(struct image *image)
 {
     if (image->is_direct && image_ignores_direct(image))
@@ -267,6 +280,8 @@ static void image_check_direct(struct image *image)
     image_align(image);
     if (!image->is_direct) {
         image->dio_offset_align = image->dio_mem_align = 1;
+        if (!image->is_block_device)
+            image->sector_bytes = image_punch_bytes(image);
         image_set_flag(image->fd, O_DIRECT, false);
     }
     image->is_sync = fcntl(image->fd, F_GETFL) & O_DSYNC; // O_SYNC includes it

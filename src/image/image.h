@@ -31,7 +31,7 @@ struct image {
     uint64_t file_bytes;       // of the whole image
     uint32_t dio_offset_align; // direct: offsets and lengths; a power of two; 1 when buffered
     uint32_t dio_mem_align;    // direct: memory; 1 when buffered
-    uint32_t sector_bytes;     // what a block device, or a file under fastfs, is punched by; 1: another file
+    uint32_t sector_bytes;     // what it is punched by, but for a direct file without fastfs: 1
 };
 
 // 0, or a negative errno with err set. Takes the image's locks.

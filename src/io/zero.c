@@ -63,25 +63,39 @@ static int zero_by_fallocate(struct io *io, const struct rq *rq, uint64_t offset
     return -EOPNOTSUPP;
 }
 
-// A file takes any byte range. A block device takes whole blocks: the edges are written.
+// What lies beside whole sectors is written, but for a hole, which is left one.
+static int zero_edge(const struct rq *rq, uint64_t offset, uint64_t end)
+{
+    const struct image *image = rq->queue->dev->image;
+    off_t data;
+
+    if (offset == end)
+        return 0;
+    if (!(rq->flags & RQ_NOUNMAP)) {
+        data = lseek(image->fd, (off_t)offset, SEEK_DATA);
+        if (data < 0 ? errno == ENXIO : (uint64_t)data >= end)
+            return 0;
+    }
+    return bounce_write_zeroes(image, offset, end - offset, flush_rw_flags(rq));
+}
+
 static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset, uint64_t len)
 {
     const struct image *image = io->dev->image;
     uint64_t align = image->sector_bytes;
     uint64_t end = offset + len, first = round_up(offset, align), last = round_down(end, align);
-    int rw_flags = flush_rw_flags(rq), ret = -EOPNOTSUPP;
+    int ret;
 
-    if (first < last)
-        ret = zero_by_fallocate(io, rq, first, last - first);
-    if (ret == -EOPNOTSUPP) {
-        if ((rq->flags & RQ_FAST_ZERO) && (first < last || atomic_load(&io->cannot_punch)))
-            return ret;
-        return bounce_write_zeroes(image, offset, len, rw_flags);
-    }
-    if (!ret && offset < first)
-        ret = bounce_write_zeroes(image, offset, first - offset, rw_flags);
-    if (!ret && last < end)
-        ret = bounce_write_zeroes(image, last, end - last, rw_flags);
+    if (first >= last)
+        return (rq->flags & RQ_FAST_ZERO) && atomic_load(&io->cannot_punch) ? -EOPNOTSUPP
+                                                                             : zero_edge(rq, offset, end);
+    ret = zero_by_fallocate(io, rq, first, last - first);
+    if (ret == -EOPNOTSUPP && !(rq->flags & RQ_FAST_ZERO))
+        return bounce_write_zeroes(image, offset, len, flush_rw_flags(rq));
+    if (!ret)
+        ret = zero_edge(rq, offset, first);
+    if (!ret)
+        ret = zero_edge(rq, last, end);
     return ret;
 }
 

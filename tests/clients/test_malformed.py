@@ -1,12 +1,14 @@
 #!/usr/bin/python3
 """Hostile and broken clients: the server answers by the protocol or drops them, and serves the others."""
 import contextlib
+import fcntl
 import os
 import random
 import resource
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 import unittest
@@ -19,6 +21,10 @@ from harness import K, M, rounds
 SIZE = 8 * M + 321
 # what one connection may hold on to is bounded, and so is what is left of hundreds of them
 MEMORY = 96 * M
+
+
+def nr_unread_bytes(sock):
+    return struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0]
 
 
 def handshake_bytes(mode, export=""):
@@ -488,6 +494,29 @@ class Piped:
                 for at, cookie in enumerate(asked):
                     self.check(client.wait(cookie), (at * 128 * K, 128 * K))
         self.server.stop()
+
+    def test_what_is_zeroed_beside_a_read_is_not_in_its_answer(self):
+        """Pages that are still on their way to the client: file systems zero and drop more than they are asked to."""
+        zeroed = [(raw.TRIM, 32 * K, 512, 0), (raw.WRITE_ZEROES, 48 * K + 100, 700, 0),
+                  (raw.WRITE_ZEROES, 65 * K, 1536, raw.NO_HOLE), (raw.WRITE_ZEROES, 79 * K, 10 * K, 0)]
+        for kind in ("ext4", "xfs"):
+            with self.subTest(kind=kind), harness.filesystem(kind, 512 * M) as point:
+                image = harness.write_file(f"{point}/disk.img", self.data)
+                server = self.serve(image, ring=self.ring, io="buffered")
+                with server.connect() as slow, server.connect() as other:
+                    self.assertEqual(other.read(0, 256 * K), self.data[:256 * K])
+                    cookie = slow.issue(raw.READ, 0, 128 * K)
+                    harness.wait_until(lambda: nr_unread_bytes(slow.sock) > 128 * K, "the answer")
+                    for command, offset, length, flags in zeroed:
+                        other.expect(0, command, offset, length, flags)
+                    answer, after = slow.wait(cookie).data, bytearray(self.data[:128 * K])
+                    for _, offset, length, _ in zeroed:  # each of these bytes is zero by then or not
+                        for at in range(offset, offset + length):
+                            after[at] &= answer[at] and 0xFF
+                    self.assertEqual([at for at in range(0, 128 * K, 512) if answer[at:at + 512] != after[at:at + 512]], [])
+                    for _, offset, length, _ in zeroed[1:]:  # a TRIM may do nothing
+                        self.assertEqual(other.read(offset, length), bytes(length))
+                server.stop()
 
     def test_pipes_are_closed_with_their_connection(self):
         before, fds = self.nr_pipes(), self.server.fds()

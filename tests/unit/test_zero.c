@@ -100,6 +100,27 @@ static void zeroes_hit_the_bytes_they_name(void **state)
     }
 }
 
+static void edges_in_a_hole_leave_it_one(void **state)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(ios); i++) {
+        struct fixture fixture = setup(state, ios[i]);
+        uint64_t before;
+
+        assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, 0, FROM, NULL, LEN), 0);
+        before = space(&fixture);
+        assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, 0, FROM + 100, NULL, 200), 0);
+        assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, 0, FROM + 8500, NULL, LEN / 2), 0);
+        expect_zeroes(&fixture, FROM, FROM + LEN);
+        if (!atomic_load(&fixture.dev->io->cannot_punch))
+            assert_true(space(&fixture) == before);
+        assert_int_equal(
+            fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, RQ_NOUNMAP | RQ_FUA, FROM + 100, NULL, 200), 0);
+        if (!atomic_load(&fixture.dev->io->cannot_punch))
+            assert_true(space(&fixture) > before);
+        fixture_destroy(&fixture);
+    }
+}
+
 static void fast_zeroes_are_refused_rather_than_written(void **state)
 {
     for (unsigned i = 0; i < ARRAY_SIZE(ios); i++) {
@@ -150,6 +171,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(zeroes_give_back_space_unless_that_is_not_wanted),
         cmocka_unit_test(zeroes_hit_the_bytes_they_name),
+        cmocka_unit_test(edges_in_a_hole_leave_it_one),
         cmocka_unit_test(fast_zeroes_are_refused_rather_than_written),
         cmocka_unit_test(a_discard_gives_back_the_blocks_in_its_range),
         cmocka_unit_test(a_discard_that_cannot_be_done_is_no_error),
