@@ -9,8 +9,9 @@
 //      none is started; those that were under way come to their end.
 //  Q4. nr_parts counts the parts of READ and WRITE that are with the io, those from before the last
 //      barrier apart from those after it. A barrier is over when there are none of the former.
-//  Q5. A transport with memory of its own for requests counts it in buf_bytes, and takes no more than one
-//      request from each stream of them while there are max_buf_bytes: that one wakes the next.
+//  Q5. A transport with memory of its own for requests counts it in buf_bytes. Beyond max_buf_bytes a stream
+//      of them gets no more than one request's, which wakes the next, or QUEUE_STREAM_BYTES: who does not
+//      take its answers makes others slower with large requests alone.
 #pragma once
 
 #include <pthread.h>
@@ -20,6 +21,8 @@
 #include "core/rq.h"
 #include "core/stats.h"
 #include "io/plug.h"
+
+#define QUEUE_STREAM_BYTES (512 * 1024)
 
 struct device;
 
@@ -48,10 +51,18 @@ struct queue {
 // The device's answer to a request. Never blocks. Queue's thread.
 void queue_submit(struct queue *queue, struct rq *rq);
 
-// Q5: whether there may be len_bytes more. Queue's thread.
-static inline bool queue_has_room(const struct queue *queue, uint64_t len_bytes)
+// Q5: whether a stream that has stream_bytes may have len_bytes more. Queue's thread.
+static inline bool queue_has_room(const struct queue *queue, uint64_t stream_bytes, uint64_t len_bytes)
 {
-    return queue->buf_bytes + len_bytes <= queue->limits.max_buf_bytes;
+    return !stream_bytes || stream_bytes + len_bytes <= QUEUE_STREAM_BYTES ||
+           queue->buf_bytes + len_bytes <= queue->limits.max_buf_bytes;
+}
+
+// They are taken; to give them back, less than 0.
+static inline void queue_count_bufs(struct queue *queue, uint64_t *stream_bytes, int64_t len_bytes)
+{
+    queue->buf_bytes += (uint64_t)len_bytes;
+    *stream_bytes += (uint64_t)len_bytes;
 }
 
 // Begins again what was held back; for lifecycle.c.

@@ -88,7 +88,7 @@ static int zero_write_zeroes(struct io *io, const struct rq *rq, uint64_t offset
 
     if (first >= last)
         return (rq->flags & RQ_FAST_ZERO) && atomic_load(&io->cannot_punch) ? -EOPNOTSUPP
-                                                                             : zero_edge(rq, offset, end);
+                                                                            : zero_edge(rq, offset, end);
     ret = zero_by_fallocate(io, rq, first, last - first);
     if (ret == -EOPNOTSUPP && !(rq->flags & RQ_FAST_ZERO))
         return bounce_write_zeroes(image, offset, len, flush_rw_flags(rq));

@@ -232,6 +232,16 @@ class Limits(Case):
             done.result()
         self.assertLess(most, before + M + 16 * M)
 
+    def test_who_does_not_take_its_answers_keeps_nobody_waiting(self):
+        server = self.serve(self.image(size=64 * M), args=["--writeback=1M", "--queues=1"])
+        with server.connect() as slow, server.connect() as other:
+            asked = [slow.issue(raw.READ, i % 16 * 4 * M, 4 * M) for i in range(32)]
+            for length in (4 * K, 4 * M):
+                written = [other.issue(raw.WRITE, i * length, data=bytes([i + 1]) * length) for i in range(16)]
+                self.assertEqual([other.wait(cookie).error for cookie in written], [0] * 16)
+                self.assertEqual(other.read(15 * length, length), b"\x10" * length)
+            self.assertEqual([len(slow.wait(cookie).data) for cookie in asked], [4 * M] * 32)
+
     def test_it_is_refused_where_the_kernel_does_it(self):
         done = run(BIGHT, "serve", "--io", "buffered", "--writeback", self.image(size=M), "--nbd",
                    f"unix:{self.path('sock')}", status=2)

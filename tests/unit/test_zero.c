@@ -113,8 +113,9 @@ static void edges_in_a_hole_leave_it_one(void **state)
         expect_zeroes(&fixture, FROM, FROM + LEN);
         if (!atomic_load(&fixture.dev->io->cannot_punch))
             assert_true(space(&fixture) == before);
-        assert_int_equal(
-            fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, RQ_NOUNMAP | RQ_FUA, FROM + 100, NULL, 200), 0);
+        assert_int_equal(fixture_do(fixture.dev, REQ_OP_WRITE_ZEROES, RQ_NOUNMAP | RQ_FUA, FROM + 100, NULL,
+                                    200),
+                         0);
         if (!atomic_load(&fixture.dev->io->cannot_punch))
             assert_true(space(&fixture) > before);
         fixture_destroy(&fixture);

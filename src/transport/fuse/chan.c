@@ -47,7 +47,7 @@ static bool chan_take(struct fuse_rq *frq, size_t len)
     }
     fuse_request_parse(header, header + 1, args_bytes, data_bytes, &frq->request);
     frq->buf_bytes = header->opcode == FUSE_READ ? frq->request.len_bytes : data_bytes;
-    frq->chan->queue->buf_bytes += frq->buf_bytes;
+    queue_count_bufs(frq->chan->queue, &frq->chan->buf_bytes, (int64_t)frq->buf_bytes);
     fuse_serve(frq);
     return true;
 }
@@ -72,7 +72,7 @@ static bool chan_read(struct fuse_chan *chan)
     for (unsigned i = 0; i < CHAN_BATCH && !chan->is_stopping; i++) {
         struct rq *rq = NULL;
 
-        if (queue_has_room(chan->queue, 1) || !tags_nr_used(&chan->tags)) // Q5
+        if (queue_has_room(chan->queue, chan->buf_bytes, 1)) // Q5
             rq = tags_get(&chan->tags);
         if (!rq)
             chan->is_stalled = true; // goes on when answers have left
@@ -118,7 +118,7 @@ void fuse_chan_drop(struct fuse_rq *frq)
         fuse_entry_answer(container_of(frq, struct fuse_entry, frq), 0, 0);
         return;
     }
-    chan->queue->buf_bytes -= frq->buf_bytes;
+    queue_count_bufs(chan->queue, &chan->buf_bytes, -(int64_t)frq->buf_bytes);
     tags_put(&chan->tags, &frq->rq);
     if (chan->is_stalled && tags_can_resume(&chan->tags))
         chan->is_stalled = false;

@@ -33,8 +33,8 @@ struct fuse_rq {
     uint8_t *payload;
     struct fuse_request request;
     uint64_t buf_bytes; // Q5 in core/queue.h, on /dev/fuse: what the data takes
-    struct iovec iov;  // of rq
-    struct ring_op op; // of what is no rq
+    struct iovec iov;   // of rq
+    struct ring_op op;  // of what is no rq
 };
 
 // A place for one request of the FUSE io_uring channel (entry.c). The kernel puts it there, and takes the
@@ -56,6 +56,7 @@ struct fuse_chan {
     struct tags tags;
     uint8_t *mem; // of all payloads and what stands before them
     size_t mem_bytes;
+    uint64_t buf_bytes; // of it, in use for data
 
     struct fuse_entry *entries;
     unsigned nr_entries;

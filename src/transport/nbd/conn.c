@@ -29,7 +29,7 @@ static void nbd_rq_put(struct nbd_conn *conn, struct nbd_rq *nrq)
 {
     if (nrq->buf) {
         arena_put(&conn->arena, nrq->buf, nrq->buf_pages);
-        conn->queue->buf_bytes -= nrq->buf_pages * ARENA_PAGE_BYTES;
+        queue_count_bufs(conn->queue, &conn->buf_bytes, -(int64_t)(nrq->buf_pages * ARENA_PAGE_BYTES));
     }
     if (nrq->has_pipe && nrq->rq.is_piped) // not sent
         nbd_conn_close_pipe(conn, &nrq->pipe);
@@ -477,12 +477,12 @@ static struct rq_pipe *conn_get_pipe(struct rq *rq)
 static bool nbd_rq_get_buf(struct nbd_conn *conn, struct nbd_rq *nrq, size_t len)
 {
     nrq->buf_pages = arena_pages(len);
-    if (!queue_has_room(conn->queue, len) && tags_nr_used(&conn->tags) > 1) // Q5
+    if (!queue_has_room(conn->queue, conn->buf_bytes, len)) // Q5
         return false;
     nrq->buf = arena_get(&conn->arena, nrq->buf_pages);
     if (!nrq->buf)
         return false;
-    conn->queue->buf_bytes += nrq->buf_pages * ARENA_PAGE_BYTES;
+    queue_count_bufs(conn->queue, &conn->buf_bytes, (int64_t)(nrq->buf_pages * ARENA_PAGE_BYTES));
     nrq->iov = (struct iovec){.iov_base = nrq->buf, .iov_len = len};
     nrq->rq.iov = &nrq->iov;
     nrq->rq.nr_iov = 1;

@@ -67,6 +67,7 @@ struct nbd_conn {
     struct queue *queue;
     struct tags tags;
     struct arena arena;
+    uint64_t buf_bytes;                    // of it, in use
     uint64_t sndbuf_bytes, pipe_max_bytes; // of a unix socket, else 0
     struct rq_pipe pipes[NBD_MAX_PIPES];
     unsigned nr_pipes, nr_free_pipes; // made; of these, in pipes[], empty
