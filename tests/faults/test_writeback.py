@@ -242,6 +242,25 @@ class Limits(Case):
                 self.assertEqual(other.read(15 * length, length), b"\x10" * length)
             self.assertEqual([len(slow.wait(cookie).data) for cookie in asked], [4 * M] * 32)
 
+    def test_devices_under_load_do_not_starve_each_other(self):
+        images = [harness.write_file(self.path(name), size=256 * M) for name in ("one", "two", "three")]
+        for ring in harness.rings():
+            with self.subTest(ring=ring), Server(*images, args=["--writeback=1M", "--workers=1"], ring=ring) as server:
+                done, over = [0] * len(images), threading.Event()
+
+                def write(number):
+                    chance = random.Random(number)
+                    with server.connect(export=os.path.basename(images[number])) as client:
+                        while not over.is_set():
+                            write_at_random(client, 32, 256 * M, chance)
+                            done[number] += 1
+                            if done[number] == rounds(40):
+                                over.set()
+
+                with concurrent.futures.ThreadPoolExecutor() as pool:
+                    list(pool.map(write, range(len(images))))
+                self.assertGreater(min(done), max(done) // 4, done)
+
     def test_it_is_refused_where_the_kernel_does_it(self):
         done = run(BIGHT, "serve", "--io", "buffered", "--writeback", self.image(size=M), "--nbd",
                    f"unix:{self.path('sock')}", status=2)
