@@ -1,6 +1,7 @@
 #include "unit.h"
 
 #include "core/limits.h"
+#include "core/queue.h"
 #include "image/image.h"
 
 static void without_a_block_size_any_byte_may_be_addressed(void **state)
@@ -13,6 +14,7 @@ static void without_a_block_size_any_byte_may_be_addressed(void **state)
     assert_int_equal(limits.min_block_bytes, 1);
     assert_int_equal(limits.preferred_block_bytes, 4096);
     assert_int_equal(limits.max_transfer_bytes, 32 * MiB);
+    assert_true(limits.max_buf_bytes == UINT64_MAX);
 }
 
 static void the_size_is_rounded_down_to_the_block(void **state)
@@ -40,12 +42,34 @@ static void a_disk_with_larger_sectors_prefers_them(void **state)
     assert_int_equal(limits_of(&image, 512).min_block_bytes, 512);
 }
 
+static void buffers_are_bounded_but_for_a_share_of_each_stream(void **state)
+{
+    static struct queue queue = {.limits.max_buf_bytes = 8 * MiB};
+    uint64_t large = 0, small = 0, late = 0;
+
+    (void)state;
+    while (queue_has_room(&queue, large, MiB))
+        queue_count_bufs(&queue, &large, MiB);
+    assert_int_equal(large, 8 * MiB);
+    while (queue_has_room(&queue, small, 4096)) // though there is no room any more
+        queue_count_bufs(&queue, &small, 4096);
+    assert_int_equal(small, QUEUE_STREAM_BYTES);
+    assert_true(queue_has_room(&queue, late, 32 * MiB)); // or nobody would wake it
+    queue_count_bufs(&queue, &late, 32 * MiB);
+    assert_false(queue_has_room(&queue, late, 1));
+    queue_count_bufs(&queue, &late, -(int64_t)(32 * MiB));
+    queue_count_bufs(&queue, &large, -(int64_t)(8 * MiB));
+    assert_int_equal(queue.buf_bytes, small);
+    assert_true(queue_has_room(&queue, small, MiB));
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(without_a_block_size_any_byte_may_be_addressed),
         cmocka_unit_test(the_size_is_rounded_down_to_the_block),
         cmocka_unit_test(a_disk_with_larger_sectors_prefers_them),
+        cmocka_unit_test(buffers_are_bounded_but_for_a_share_of_each_stream),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
