@@ -544,9 +544,9 @@ def fio(target, row, workdir, seconds, ramp, extra=()):
 
 
 def vu_load(target, row, seconds, ramp, extra=()):
-    """The same by bench/vu_load, which is a guest. extra: of fio's options it knows --fsync."""
+    """The same by bench/vu_load, which is a guest. extra: of these options of fio it takes --fsync."""
     argv = [*target.vhost, "--rw", row.rw, "--bs", row.bs, "--depth", str(row.depth), "--seconds", str(seconds),
-            "--ramp", str(ramp), *(option.replace("--fsync=", "--flush-every=") for option in extra)]
+            "--ramp", str(ramp), *(o.replace("--fsync=", "--flush-every=") for o in extra if o.startswith("--fsync="))]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 + 10 * (seconds + ramp))
     if done.returncode:
         raise BenchError(f"vu_load: exit {done.returncode}: {(done.stderr.strip() or done.stdout)[-300:]}")
