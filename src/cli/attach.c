@@ -131,11 +131,9 @@ static int attach_hold_one(struct attach *attach, const struct transport_ops *op
                            struct err *err)
 {
     struct options *options = &attach->options;
-    struct transport_addrs *addrs = options->addrs;
+    struct transport_addrs *addrs = options_addrs_of(options, ops);
     int ret;
 
-    for (unsigned i = 0; transport_table[i] != ops; i++)
-        addrs++;
     addrs->addrs[addrs->nr_addrs++] = addr;
     ret = options_hold(options, &attach->holds, err);
     if (ret < 0)
@@ -153,7 +151,7 @@ static int attach_choose(struct attach *attach, struct err *err)
 
     if (!file || !nbd)
         return err_set(err, -ENOMEM, "out of memory");
-    if (is_root && !access("/dev/ublk-control", R_OK | W_OK)) {
+    if (is_root && !attach->options.device.is_passthrough && !access("/dev/ublk-control", R_OK | W_OK)) {
         ret = attach_hold_one(attach, &ublk_transport_ops, "", err);
         if (!ret)
             return 0;
@@ -163,8 +161,8 @@ static int attach_choose(struct attach *attach, struct err *err)
         ret = attach_hold_one(attach, &fuse_transport_ops, file, err);
         if (!ret && is_root && !access("/dev/loop-control", R_OK | W_OK))
             attach->node_path = file;
-        if (!ret)
-            return 0;
+        if (!ret || attach->options.device.is_passthrough)
+            return ret;
         log_verbose("%s; trying NBD", err->line);
     }
     return attach_hold_one(attach, &nbd_transport_ops, nbd, err);

@@ -35,6 +35,7 @@ enum {
     OPT_FOREGROUND,
     OPT_METRICS,
     OPT_PARTSCAN,
+    OPT_PASSTHROUGH,
 };
 
 #define OPTIONS_BOTH (OPTIONS_SERVE | OPTIONS_ATTACH)
@@ -48,6 +49,7 @@ static const struct {
     {{"vhost-user", required_argument, NULL, OPT_TRANSPORT + 2}, OPTIONS_BOTH},
     {{"fuse", required_argument, NULL, OPT_TRANSPORT + 3}, OPTIONS_BOTH},
     {{"name", required_argument, NULL, OPT_NAME}, OPTIONS_BOTH},
+    {{"passthrough", no_argument, NULL, OPT_PASSTHROUGH}, OPTIONS_BOTH},
     {{"read-only", no_argument, NULL, OPT_READ_ONLY}, OPTIONS_BOTH},
     {{"io", required_argument, NULL, OPT_IO}, OPTIONS_BOTH},
     {{"map", required_argument, NULL, OPT_MAP}, OPTIONS_BOTH},
@@ -124,6 +126,9 @@ static int options_take(struct options *options, int option, const char *arg, st
         if (!*arg || strlen(arg) > DEVICE_NAME_MAX)
             return err_usage(err, "--name: %s: use 1 to %u bytes", *arg ? "too long" : "empty",
                              DEVICE_NAME_MAX);
+        return 0;
+    case OPT_PASSTHROUGH:
+        device->is_passthrough = true;
         return 0;
     case OPT_READ_ONLY:
         device->image.is_read_only = true;
@@ -270,11 +275,24 @@ const char *options_name(const struct options *options, unsigned i)
     return slash && slash[1] ? slash + 1 : options->images[i];
 }
 
-int options_hold(const struct options *options, struct transport_holds *holds, struct err *err)
+struct transport_addrs *options_addrs_of(struct options *options, const struct transport_ops *ops)
+{
+    unsigned i = 0;
+
+    while (transport_table[i] != ops)
+        i++;
+    return &options->addrs[i];
+}
+
+int options_hold(struct options *options, struct transport_holds *holds, struct err *err)
 {
     unsigned nr_listen_fds = notify_listen_fds();
     int listen_fds[TRANSPORT_MAX_FDS];
 
+    if (options->device.is_passthrough && !options_addrs_of(options, &fuse_transport_ops)->nr_addrs)
+        return err_usage(err, "--passthrough: is for FUSE; add --fuse PATH");
+    if (options->device.is_passthrough && geteuid())
+        return err_set(err, -EPERM, "--passthrough: the kernel lets only root; leave it out");
     nr_listen_fds = min_of(nr_listen_fds, TRANSPORT_MAX_FDS);
     for (unsigned i = 0; i < nr_listen_fds; i++)
         listen_fds[i] = NOTIFY_FIRST_FD + (int)i;
@@ -288,6 +306,7 @@ int options_hold(const struct options *options, struct transport_holds *holds, s
                                          .is_read_only = options->device.image.is_read_only,
                                          .is_direct = io_wants_direct(options->device.io) &&
                                                       !options->device.writeback_bytes,
-                                         .is_supervised = options->command == OPTIONS_ATTACH},
+                                         .is_supervised = options->command == OPTIONS_ATTACH,
+                                         .is_passthrough = options->device.is_passthrough},
         err);
 }

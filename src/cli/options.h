@@ -15,6 +15,8 @@
     "                       virtio disk; may be repeated\n"                                        \
     "  --fuse PATH          be this file, which is made where there is none; may be repeated:\n"   \
     "                       the n-th is the n-th image\n"                                          \
+    "  --passthrough        the kernel reads and writes the image by that file without us: as\n"   \
+    "                       fast as losetup, and no set and switch\n"                              \
     "  --read-only          refuse every write\n"                                                  \
     "  --io IO              direct (default), buffered, null, or fault:SPEC\n"                     \
     "  --map MAP            linear (default) or fastfs\n"                                          \
@@ -59,9 +61,12 @@ int options_parse(struct options *options, enum options_command command, int arg
                   struct err *err);
 void options_free(struct options *options);
 
+// Those of that transport.
+struct transport_addrs *options_addrs_of(struct options *options, const struct transport_ops *ops);
+
 // The name of the i-th image: --name, or the end of its path.
 const char *options_name(const struct options *options, unsigned i);
 
 // Opens all that is to be served to: the transports' addresses, and LISTEN_FDS. 0, or a negative errno with
 // err set and nothing held.
-int options_hold(const struct options *options, struct transport_holds *holds, struct err *err);
+int options_hold(struct options *options, struct transport_holds *holds, struct err *err);

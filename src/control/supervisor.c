@@ -169,7 +169,7 @@ static int worker_ready(struct worker *worker, struct err *err)
         .path = options->node_path,
         .options = {.is_read_only = worker->devs[0]->image->is_read_only,
                     .is_partscan = options->is_partscan,
-                    .block_bytes = options->worker.device.block_bytes},
+                    .block_bytes = worker->devs[0]->options.block_bytes},
         .process_fd = attached->node_fd,
         .lock = PTHREAD_MUTEX_INITIALIZER,
     };

@@ -105,6 +105,7 @@ static void describe_device(struct json_object *object, const struct device *dev
     add_string(object, "io", dev->options.io);
     add_string(object, "io_in_use", dev->io->ops->name);
     add_string(object, "map", dev->options.map);
+    json_object_object_add(object, "passthrough", json_object_new_boolean(dev->options.is_passthrough));
     describe_map(object, dev->map);
     describe_writeback(object, dev);
     add_string(object, "ring", dev->queues[0].ring->ops->name);

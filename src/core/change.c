@@ -68,10 +68,24 @@ const char *device_change_key(unsigned i, const char **values)
     return settings[i].key;
 }
 
+// What comes past us would not notice.
+static int change_refuse_passed(struct device_change *change)
+{
+    return change->dev->options.is_passthrough
+               ? err_set(
+                     &change->err, -EBUSY,
+                     "%s: the kernel reads and writes the image without us (--passthrough); detach it, and "
+                     "attach it without that",
+                     change->dev->name)
+               : 0;
+}
+
 int device_change_set(struct device_change *change, const char *key, const char *value)
 {
     struct device_options scratch = {0};
 
+    if (change_refuse_passed(change) < 0)
+        return -EBUSY;
     for (unsigned i = 0; i < ARRAY_SIZE(settings); i++) {
         const struct setting *setting = &settings[i];
 
@@ -93,6 +107,8 @@ int device_change_set(struct device_change *change, const char *key, const char 
 
 int device_change_image(struct device_change *change, const char *path)
 {
+    if (change_refuse_passed(change) < 0)
+        return -EBUSY;
     free(change->path);
     change->path = strdup(path);
     return change->path ? 0 : err_set(&change->err, -ENOMEM, "out of memory");

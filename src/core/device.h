@@ -32,6 +32,7 @@ struct device_options {
     uint64_t writeback_bytes;        // of memory for write-back; 0: none
     uint64_t allocation_unit_bytes;  // of write-back; 0: WRITEBACK_UNIT_BYTES
     uint64_t extent_size_hint_bytes; // set on the image; 0: not
+    bool is_passthrough;             // who has its FUSE file open reads and writes the image without us
     struct queue_stats *stats;       // of nr_queues queues, who goes on counting; NULL: the device's own
     struct image_options image;
 };

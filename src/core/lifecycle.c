@@ -327,6 +327,28 @@ static void device_free(struct device *dev)
     free(dev);
 }
 
+// Whether what goes to the image past us finds there what it would get from us. No request of other
+// transports is smaller than a block of the image then: filling it up would undo what comes past us.
+static int device_pass(struct device_options *options, struct image *image, struct err *err)
+{
+    uint32_t block_bytes = max_of(image->dio_offset_align, SECTOR_BYTES);
+
+    if (strcmp(options->io, "direct") || strcmp(options->map, "linear") || options->writeback_bytes)
+        return err_usage(err, "--passthrough: goes past --io, --map and --writeback; leave it or them out");
+    if (options->image.offset_bytes || options->image.size_limit_bytes)
+        return err_usage(err, "--passthrough: serves all of an image; leave --offset and --size-limit out");
+    if (image->is_block_device || !image->is_direct)
+        return err_usage(err, "--passthrough: %s: %s; leave it out", image->path,
+                         image->is_block_device ? "is no regular file" : "its file system has no direct I/O");
+    if (options->block_bytes && options->block_bytes < block_bytes)
+        return err_usage(err,
+                         "--block-size: %s takes blocks of %u bytes; use that, or leave --passthrough out",
+                         image->path, block_bytes);
+    options->block_bytes = max_of(options->block_bytes, block_bytes);
+    image->is_passed = true;
+    return 0;
+}
+
 int device_create(struct device **out, const char *image_path, const struct device_options *options,
                   struct err *err)
 {
@@ -350,7 +372,9 @@ int device_create(struct device **out, const char *image_path, const struct devi
     ret = image_open(dev->image, image_path, &taken.image, err);
     if (ret < 0)
         goto out_free;
-    if (options->extent_size_hint_bytes)
+    if (options->is_passthrough)
+        ret = device_pass(&taken, dev->image, err);
+    if (!ret && options->extent_size_hint_bytes)
         ret = image_set_extent_size_hint(dev->image, options->extent_size_hint_bytes, err);
     if (ret < 0)
         goto out_image;

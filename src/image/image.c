@@ -415,7 +415,8 @@ void image_close(struct image *image)
     if (image->buffered_fd >= 0)
         close(image->buffered_fd);
     if (image->fd >= 0) {
-        image_unlock(image->fd);
+        if (!image->is_passed)
+            image_unlock(image->fd);
         close(image->fd);
     }
     free(image->path);

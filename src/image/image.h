@@ -25,6 +25,7 @@ struct image {
     bool is_direct;
     bool is_sync; // fd has O_SYNC or O_DSYNC: no volatile cache
     bool is_block_device;
+    bool is_passed;            // the kernel has the file as well, and its locks are to last as long
     bool can_discard;          // space can be given back, below a writable image
     uint64_t offset_bytes;     // where the device begins in the image
     uint64_t size_bytes;       // of the device: what lies between the offset and the limit or the end

@@ -3,7 +3,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
-#include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 const struct transport_ops *const transport_table[TRANSPORT_NR] = {
@@ -41,9 +41,15 @@ int transports_hold(struct transport_holds *holds, const struct transport_addrs 
     }
     for (unsigned i = 0; i < TRANSPORT_NR; i++)
         nr += addrs[i].nr_addrs;
-    holds->holds = calloc(nr, sizeof(*holds->holds));
-    if (nr && !holds->holds)
+    if (!nr)
+        return 0;
+    holds->max_holds = nr;
+    holds->holds = mmap(NULL, nr * sizeof(*holds->holds), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+                        -1, 0); // T1
+    if (holds->holds == MAP_FAILED) {
+        *holds = (struct transport_holds){0};
         return err_set(err, -ENOMEM, "out of memory");
+    }
     for (unsigned i = 0; i < TRANSPORT_NR; i++) {
         const struct transport_ops *ops = transport_table[i];
 
@@ -73,7 +79,8 @@ void transports_release(struct transport_holds *holds)
 
         hold->ops->release(hold);
     }
-    free(holds->holds);
+    if (holds->holds)
+        munmap(holds->holds, holds->max_holds * sizeof(*holds->holds));
     holds->holds = NULL;
 }
 

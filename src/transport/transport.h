@@ -2,7 +2,8 @@
 //
 //  T1. What has to outlive a worker process (a listening socket, a mount) is opened by hold() in the
 //      process that starts workers, inherited by each of them, and used by start(). In bight serve
-//      both are the same process.
+//      both are the same process. Holds are in memory that all of them share: the next worker finds the
+//      facts that start() has added.
 #pragma once
 
 #include <stdbool.h>
@@ -26,6 +27,7 @@ struct transport_hold_options {
     bool is_read_only;
     bool is_direct;                      // data goes to the image as it comes: nothing of ours looks at it
     bool is_supervised;                  // a worker that dies is followed by another one
+    bool is_passthrough;                 // of struct device_options
     const struct transport_holds *holds; // what is held already; transports_hold() sets it
 };
 
@@ -33,13 +35,13 @@ struct transport_hold {
     const struct transport_ops *ops;
     const char *addr;  // as given on the command line; NULL: a socket that came by LISTEN_FDS
     int fd;            // -1: none
-    uint64_t facts[4]; // the transport's own: what a worker has to know of fd
+    uint64_t facts[5]; // the transport's own: what a worker has to know of fd
 };
 
 // What a process is to serve to, in the table's order.
 struct transport_holds {
     struct transport_hold *holds;
-    unsigned nr_holds;
+    unsigned nr_holds, max_holds;
 };
 
 // What all transports of a process are told.

@@ -16,7 +16,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
-from attached import Attached, Load, SwitchLoad, alive
+from attached import Attached, Load, SwitchLoad, alive, qemu_io
 from harness import K, M
 
 NOBODY = 65534
@@ -115,13 +115,20 @@ class Loop(Attached):
         harness.run(*{"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f"),
                       "btrfs": ("btrfs", "check")}[kind], image)
 
-    def check_filesystem(self, kind):
+    def attach_passed(self, *args):
+        device = self.attach("--passthrough", *args, status=None)
+        if "this kernel's FUSE has none" in self.stderr:
+            self.skipTest(self.stderr.strip())
+        self.assertEqual(self.stderr, "")
+        return device
+
+    def check_filesystem(self, kind, *options):
         if f"\t{kind}\n" not in harness.read_file("/proc/filesystems").decode():
             self.skipTest(f"this kernel has no {kind}")
         image, tree = self.formatted(kind), self.path("tree")
         os.mkdir(tree)
         churn(tree, 120)
-        device = self.attach_loop(image)
+        device = self.attach_passed(image) if "--passthrough" in options else self.attach_loop(image)
         with harness.mounted(device, kind) as point:
             harness.run("tar", "-C", tree, "-cf", os.path.join(point, "tree.tar"), ".")
             os.mkdir(os.path.join(point, "copy"))
@@ -144,6 +151,98 @@ class Loop(Attached):
 
     def test_btrfs(self):
         self.check_filesystem("btrfs")
+
+    def test_ext4_by_passthrough(self):
+        self.check_filesystem("ext4", "--passthrough")
+
+    def test_xfs_by_passthrough(self):
+        self.check_filesystem("xfs", "--passthrough")
+
+    def test_passthrough_needs_no_worker_to_read_and_write(self):
+        """It is stopped meanwhile. Flushes wait for it; what others write by NBD is seen."""
+        image = self.image(harness.pattern(2 * M))
+        uri = self.attach_passed("--name", "disk", image, "--fuse", self.path("file"), "--nbd", f"unix:{self.sock('n')}")
+        shown = self.show("disk")
+        self.assertTrue(shown["passthrough"])
+        with DirectFile(self.path("file")) as file:
+            file.write(M, b"p" * 4 * K)  # before the first one the kernel asks whether there are capabilities to be removed
+            self.addCleanup(os.kill, shown["worker_pid"], signal.SIGCONT)
+            os.kill(shown["worker_pid"], signal.SIGSTOP)
+            self.assertEqual(file.read(64 * K, 64 * K), harness.pattern(2 * M)[64 * K:128 * K])
+            file.write(M + 4 * K, b"p" * 4 * K)
+            self.assertEqual(harness.read_file(image)[M:M + 8 * K], b"p" * 8 * K)
+            os.kill(shown["worker_pid"], signal.SIGCONT)
+            os.fsync(file.fd)
+            qemu_io(uri, "read -P 0x70 1M 4k", "write -P 0x71 1M 512", "flush")
+            self.assertEqual(file.read(M, 4 * K), b"q" * 512 + b"p" * (4 * K - 512))
+        stats = json.loads(self.bight("stats", "--json", "disk"))["ops"]
+        self.assertEqual(stats["write"]["done"], 1)
+
+    def test_passthrough_outlives_workers(self):
+        """The kernel takes only the number that it gave the first one, as long as the file is open."""
+        image = self.formatted("ext4", 64 * M)
+        device = self.attach_passed("--name", "disk", image)
+        with harness.mounted(device, "ext4") as point:
+            for number in range(harness.rounds(3)):
+                harness.write_file(os.path.join(point, f"f{number}"), harness.pattern(M, number))
+                self.kill_worker("disk")
+                with DirectFile(os.path.join(self.run_dir, "disk/data")) as file:
+                    self.assertEqual(len(file.read(0, 64 * K)), 64 * K)
+                self.assertEqual(len(harness.read_file(os.path.join(self.run_dir, "disk/data"))), 64 * M)
+            harness.run("sync", "-f", point)
+        with harness.mounted(device, "ext4", "ro") as point:
+            for number in range(harness.rounds(3)):
+                self.assertTrue(harness.read_file(os.path.join(point, f"f{number}")) == harness.pattern(M, number))
+        self.bight("detach", "disk")
+        self.fsck("ext4", image)
+
+    def test_passthrough_is_locked_as_long_as_somebody_can_write(self):
+        """By force the device is gone, and the loop device goes at its last close: until then, two could write."""
+        image = self.image(size=M)
+        device = self.attach_passed(image)
+        with DirectFile(device) as file:
+            self.bight("detach", "--force", "disk")
+            self.attach(image, status=1)
+            self.assertIn("has it open", self.stderr)
+            file.write(0, b"last" * K)
+        harness.wait_until(lambda: self.bight("attach", image, status=None), "the end of the loop device")
+        self.assertEqual(harness.read_file(image)[:4 * K], b"last" * K)
+
+    def test_passthrough_resizes_and_changes_nothing_else(self):
+        image, other = (self.image(size=M, name=name) for name in ("disk.img", "other.img"))
+        device = self.attach_passed(image)
+        os.truncate(image, 2 * M)
+        self.bight("resize", "disk")
+        self.assertEqual(harness.run("blockdev", "--getsize64", device).stdout.strip(), str(2 * M))
+        for command in (("set", "disk", "readonly=on"), ("set", "disk", "io=buffered"), ("switch", "disk", other)):
+            self.bight(*command, status=1)
+            self.assertIn("--passthrough", self.stderr)
+        with DirectFile(device) as file:
+            file.write(2 * M - 4 * K, bytes(range(256)) * 16)
+        self.assertEqual(harness.read_file(image)[2 * M - 4 * K:], bytes(range(256)) * 16)
+
+    def test_passthrough_takes_blocks_of_the_image(self):
+        with harness.filesystem("ext4", 64 * M, 4 * K) as folder:
+            image = harness.write_file(os.path.join(folder, "disk.img"), size=4 * M)
+            device = self.attach_passed(image)
+            self.assertEqual(harness.run("blockdev", "--getss", device).stdout.strip(), str(4 * K))
+            harness.run(*harness.MKFS["ext4"], device)
+            self.bight("detach", "disk")
+            self.attach("--passthrough", "--block-size", "512", image, status=2)
+            self.assertIn("takes blocks of 4096 bytes", self.stderr)
+
+    def test_passthrough_is_refused_where_something_would_be_missed(self):
+        image = self.image(size=M)
+        for options, said in ((("--io", "buffered"), "--io"), (("--map", "fastfs"), "--map"), (("--writeback",), "--writeback"),
+                              (("--offset", "4K"), "--offset"), (("--size-limit", "4K"), "--size-limit"),
+                              (("--nbd", f"unix:{self.sock('n')}"), "add --fuse")):
+            with self.subTest(options):
+                self.attach("--passthrough", *options, image, status=2)
+                self.assertIn(said, self.stderr)
+        with harness.scratch_dir("/dev/shm") as folder:
+            self.attach("--passthrough", harness.write_file(os.path.join(folder, "disk.img"), size=M), status=2)
+            self.assertIn("no direct I/O", self.stderr)
+        self.assertEqual(os.listdir(self.run_dir), [])
 
     @harness.need("unshare", "mkswap", "swapon")
     def test_what_only_the_kernel_knows_of_is_not_detached(self):
@@ -499,6 +598,11 @@ class OtherUser(Attached):
         self.bight("detach", "disk")
         self.check_nothing_is_mounted()
         harness.run("e2fsck", "-fn", image)
+
+    def test_passthrough_is_for_root(self):
+        self.attach("--passthrough", self.image(size=M), "--fuse", self.path("file"), status=1)
+        self.assertIn("only root", self.stderr)
+        self.check_nothing_is_mounted()
 
     def test_a_file_that_is_open_is_not_detached(self):
         _, path = self.attach_file()

@@ -353,11 +353,13 @@ class TestAttached(UblkCase):
 
 class TestOtherKernels(GuestCase):
     def test_kernel_without_ublk(self):
-        guest = self.guest(programs=[BIGHT], linux=KERNEL_WITHOUT_UBLK)
+        guest = self.guest(programs=[BIGHT], modules=["fuse"], linux=KERNEL_WITHOUT_UBLK)
         output = guest.run("""truncate -s 8M /tmp/disk.img; mkdir /run/bight
             bight serve --ublk /tmp/disk.img || echo $?; bight attach --ublk /tmp/disk.img || echo $?
+            bight serve --fuse /tmp/file --passthrough /tmp/disk.img || echo $?
             bight attach --nbd unix:/tmp/sock /tmp/disk.img; bight detach disk; uname -r""")
-        self.assertRegex(output, r"(bight: ublk: /dev/ublk-control: not there; .*Linux 6.0.*\n1\n){2}.*\n6\.1\.")
+        self.assertRegex(output, r"(bight: ublk: /dev/ublk-control: not there; .*Linux 6.0.*\n1\n){2}"
+                                 r"bight: --passthrough: this kernel's FUSE has none .*\n1\n.*\n6\.1\.")
 
     def boot_with_zero_copy(self, *programs):
         disk = harness.write_file(os.path.join(self.dir, "disk"), size=256 * M)

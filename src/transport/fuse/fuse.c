@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -166,6 +167,7 @@ static int server_add_file(struct fuse_server *server, struct transport_hold *ho
             free(file->chans);
             return -ENOMEM;
         }
+        chan->backing_id = (uint32_t)hold->facts[FUSE_FACT_BACKING];
         chan->server = server;
         chan->main_ring = main_ring;
         chan->over_op.done = server_chan_over;
@@ -174,17 +176,39 @@ static int server_add_file(struct fuse_server *server, struct transport_hold *ho
     return 0;
 }
 
+// F5
+static int hold_pass(struct transport_hold *hold, const struct device *dev, struct err *err)
+{
+    struct fuse_backing_map map = {.fd = dev->image->fd};
+    int id;
+
+    if (!dev->options.is_passthrough || hold->facts[FUSE_FACT_BACKING])
+        return 0;
+    id = ioctl(hold->fd, FUSE_DEV_IOC_BACKING_OPEN, &map);
+    if (id <= 0)
+        return err_set(err, id ? -errno : -EPROTO, "--passthrough: %s: %s; leave it out", dev->image->path,
+                       strerror(id ? errno : EPROTO));
+    hold->facts[FUSE_FACT_BACKING] = (uint64_t)id;
+    return 0;
+}
+
 // The n-th file is that of the n-th device, and further ones of the last.
 static int fuse_start(struct transport **transport, const struct transport_options *options,
                       struct transport_hold *holds, unsigned nr_holds, struct err *err)
 {
     struct fuse_server *server = calloc(1, sizeof(*server));
+    int ret = -ENOMEM;
 
     if (!server || !(server->files = calloc(nr_holds, sizeof(*server->files))))
         goto out;
     for (unsigned i = 0; i < nr_holds; i++) {
-        if (server_add_file(server, &holds[i], options->devs[min_of(i, options->nr_devs - 1)],
-                            options->ring) < 0)
+        struct device *dev = options->devs[min_of(i, options->nr_devs - 1)];
+
+        ret = hold_pass(&holds[i], dev, err);
+        if (ret < 0)
+            goto out;
+        ret = server_add_file(server, &holds[i], dev, options->ring);
+        if (ret < 0)
             goto out;
     }
     for (unsigned i = 0; i < nr_holds; i++) {
@@ -202,7 +226,7 @@ static int fuse_start(struct transport **transport, const struct transport_optio
 out:
     if (server)
         fuse_destroy(&server->transport);
-    return err_set(err, -ENOMEM, "fuse: out of memory; use a smaller --depth");
+    return ret == -ENOMEM ? err_set(err, ret, "fuse: out of memory; use a smaller --depth") : ret;
 }
 
 static void fuse_stop(struct transport *transport)

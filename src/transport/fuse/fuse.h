@@ -12,6 +12,10 @@
 //      direct I/O.
 //  F4. A queue's thread never waits for the kernel's answer to a request on the mount: it is who gives it.
 //      PR_SET_IO_FLUSHER keeps its allocations from waiting for write-back that comes here.
+//  F5. With --passthrough the kernel is told of the image once for each mount, and each OPEN is answered with
+//      the number that it gave it: who has the file open then reads and writes the image past us, and the
+//      kernel keeps our struct file of it, with its locks, as long. It takes no other number, and no other
+//      kind of open, while somebody has the file open: so the number outlives workers, as a fact.
 #pragma once
 
 #include "core/tags.h"
@@ -56,7 +60,8 @@ struct fuse_chan {
     struct tags tags;
     uint8_t *mem; // of all payloads and what stands before them
     size_t mem_bytes;
-    uint64_t buf_bytes; // of it, in use for data
+    uint64_t buf_bytes;  // of it, in use for data
+    uint32_t backing_id; // F5; 0: all goes by us
 
     struct fuse_entry *entries;
     unsigned nr_entries;

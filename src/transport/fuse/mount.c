@@ -35,7 +35,8 @@
 
 #define MOUNT_TYPE "fuse.bight"
 #define INIT_TIMEOUT_MS 10000
-#define MAX_LOOPS 16 // on one file; ours is one
+#define MAX_LOOPS 16  // on one file; ours is one
+#define STACK_DEPTH 2 // the image may be on an overlay: the kernel's FILESYSTEM_MAX_STACK_DEPTH
 
 // Whether the last mount at the path is one of ours.
 static bool mount_is_ours(const char *path)
@@ -202,6 +203,11 @@ static int init_answer(struct transport_hold *hold, const struct transport_hold_
         wanted |= FUSE_OVER_IO_URING;
         hold->facts[FUSE_FACT_CPUS] = init_cpus();
     }
+    if (options->is_passthrough) {
+        if (!(flags & FUSE_PASSTHROUGH))
+            return -EOPNOTSUPP;
+        wanted |= FUSE_PASSTHROUGH;
+    }
     flags &= wanted;
     max_pages = init_max_pages();
     answer.out = (struct fuse_init_out){
@@ -215,6 +221,7 @@ static int init_answer(struct transport_hold *hold, const struct transport_hold_
         .max_write = max_pages * FUSE_PAGE_BYTES,
         .max_pages = (uint16_t)max_pages,
         .time_gran = 1,
+        .FUSE_INIT_STACK_DEPTH = options->is_passthrough ? STACK_DEPTH : 0,
     };
     answer.header = (struct fuse_out_header){.len = sizeof(answer), .unique = msg.header.unique};
     if (write(hold->fd, &answer, sizeof(answer)) < 0)
@@ -366,6 +373,10 @@ int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *
         goto out_guard;
     }
     ret = init_answer(hold, options);
+    if (ret == -EOPNOTSUPP) {
+        err_set(err, ret, "--passthrough: this kernel's FUSE has none (Linux 6.9 brought it); leave it out");
+        goto out_close;
+    }
     if (ret < 0 || fcntl(hold->fd, F_SETFL, O_NONBLOCK) < 0) {
         ret = err_set(err, ret < 0 ? ret : -errno, "--fuse: %s: FUSE_INIT: %s; use --nbd", hold->addr,
                       strerror(ret < 0 ? -ret : errno));

@@ -10,6 +10,7 @@ enum {
     FUSE_FACT_GUARD,   // pid of the guard
     FUSE_FACT_PIPE,    // fd of the pipe to it
     FUSE_FACT_CPUS,    // queues of the kernel's io_uring channel; 0: there is none
+    FUSE_FACT_BACKING, // F5 of fuse.h: what the kernel calls the image; 0: it was not told yet
 };
 
 int fuse_hold(struct transport_hold *hold, const struct transport_hold_options *options, struct err *err);

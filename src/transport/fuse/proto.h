@@ -14,6 +14,22 @@
 #ifndef FUSE_HAS_RESEND // 7.40
 #define FUSE_HAS_RESEND (1ULL << 39)
 #define FUSE_NOTIFY_RESEND 7
+#define FUSE_PASSTHROUGH (1ULL << 37)
+#define FOPEN_PASSTHROUGH (1U << 7)
+
+struct fuse_backing_map {
+    int32_t fd;
+    uint32_t flags;
+    uint64_t padding;
+};
+
+#define FUSE_DEV_IOC_BACKING_OPEN _IOW(229, 1, struct fuse_backing_map)
+// What such headers call these members of struct fuse_init_out and fuse_open_out.
+#define FUSE_INIT_STACK_DEPTH unused[0]
+#define FUSE_OPEN_BACKING_ID padding
+#else
+#define FUSE_INIT_STACK_DEPTH max_stack_depth
+#define FUSE_OPEN_BACKING_ID backing_id
 #endif
 #ifndef FUSE_OVER_IO_URING // 7.42
 #define FUSE_OVER_IO_URING (1ULL << 41)

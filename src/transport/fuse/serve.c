@@ -190,8 +190,12 @@ static void serve_open(struct fuse_rq *frq)
         fuse_chan_answer(frq, -EROFS, 0);
         return;
     }
-    if (request->flags & O_DIRECT)
+    if (frq->chan->backing_id) { // F5
+        out.open_flags = FOPEN_PASSTHROUGH;
+        out.FUSE_OPEN_BACKING_ID = frq->chan->backing_id;
+    } else if (request->flags & O_DIRECT) {
         out.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
+    }
     memcpy(frq->payload, &out, sizeof(out));
     fuse_chan_answer(frq, 0, sizeof(out));
 }
