@@ -148,6 +148,17 @@ echo "$*" >args
             bench_run.parse(["x"])
 
 
+class VuLoad(harness.Case):
+    def test_it_is_given_of_the_options_of_fio_what_it_knows(self):
+        build, sock = os.environ.get("BIGHT_BUILD") or os.path.dirname(harness.BIGHT), self.path("sock")
+        self.serve(self.image(size=4 * M), args=["--vhost-user", sock], nbd=[])
+        target = benchlib.Target([], None, [os.path.join(build, "vu_load"), "--socket", sock])
+        run = benchlib.vu_load(target, benchlib.Row("row", "randwrite", "4k", 4), 0.1, 0,
+                               ["--group_reporting", "--numjobs=1", "--fsync=8"])
+        self.assertGreater(run["iops"], 0)
+        self.assertIn("--flush-every=8", run["argv"])
+
+
 class Parts(unittest.TestCase):
     def test_every_measurement_is_part_of_the_report_and_of_the_man_page(self):
         there = {name for name in os.listdir(os.path.join(benchlib.ROOT, "bench"))
