@@ -32,6 +32,28 @@ void __tsan_release(void *addr);
 #define tsan_to_guest(vq) ((void)(vq))
 #endif
 
+#define MIN_WAITING 12U // V6
+
+// V7: of all vrings of the process.
+static atomic_uint nr_awake;
+
+void virtqueue_set_awake(struct virtqueue *vq, bool is_awake)
+{
+    if (vq->is_awake == is_awake)
+        return;
+    vq->is_awake = is_awake;
+    if (is_awake)
+        atomic_fetch_add_explicit(&nr_awake, 1, memory_order_relaxed);
+    else
+        atomic_fetch_sub_explicit(&nr_awake, 1, memory_order_relaxed);
+}
+
+// V7
+static bool virtqueue_has_room(const struct virtqueue *vq)
+{
+    return 2 * atomic_load_explicit(&nr_awake, memory_order_relaxed) <= vq->nr_cpus;
+}
+
 // ---- Chains of descriptors become vrq->iov
 
 static const char *chain_add(struct virtqueue *vq, struct virtqueue_rq *vrq, const struct virtqueue_buf *buf)
@@ -431,6 +453,7 @@ bool virtqueue_arm(struct ring_poller *poller)
 {
     struct virtqueue *vq = container_of(poller, struct virtqueue, poller);
 
+    virtqueue_set_awake(vq, false);
     vq->is_armed = true;
     if (vq->is_packed) {
         if (vq->has_event_idx)
@@ -463,7 +486,7 @@ bool virtqueue_poll(struct ring_poller *poller)
     if (!tags_can_resume(&vq->tags))
         return false;
     if (!vq->is_packed) // what is left keeps us busy while the guest deals with these
-        batch = min_of(batch, split_nr_avail(vq) / 4U + 4);
+        batch = min_of(batch, split_nr_avail(vq) / 4U + (virtqueue_has_room(vq) ? 2 : 4));
     while (nr < batch && virtqueue_has_avail(vq)) {
         struct rq *rq = tags_get(&vq->tags);
         struct virtqueue_rq *vrq;
@@ -484,6 +507,8 @@ bool virtqueue_poll(struct ring_poller *poller)
         nr++;
     }
     queue_unplug(vq->queue); // the ring submits before its hooks run
+    if (nr)
+        virtqueue_set_awake(vq, true);
     if (nr && vq->is_armed)
         virtqueue_disarm(vq);
     return nr;
@@ -525,7 +550,8 @@ static void virtqueue_tell(struct virtqueue *vq)
         virtqueue_call(vq);
 }
 
-// V6. Waking a sleeper costs as much as several requests.
+// V6. Waking a sleeper costs as much as several requests. But where few are waiting, we would be out of work
+// before it is awake.
 static bool virtqueue_can_wait(const struct virtqueue *vq)
 {
     unsigned nr_waiting;
@@ -533,7 +559,7 @@ static bool virtqueue_can_wait(const struct virtqueue *vq)
     if (tags_nr_used(&vq->tags) || vq->is_stopping || vq->is_broken || !virtqueue_has_avail(vq))
         return false;
     nr_waiting = vq->is_packed ? VIRTQUEUE_BATCH : split_nr_avail(vq);
-    return 3 * nr_waiting > vq->nr_untold;
+    return (nr_waiting >= MIN_WAITING || !virtqueue_has_room(vq)) && 3 * nr_waiting > vq->nr_untold;
 }
 
 void virtqueue_publish(struct ring_hook *hook)

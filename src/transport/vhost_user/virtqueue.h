@@ -14,6 +14,9 @@
 //  V5. With an inflight region, a request is in it from before it begins until it is published.
 //  V6. The interrupt waits, while all that was begun is done and enough more is there to be begun: the
 //      guest gets more for one, and works on it while we work on the rest.
+//  V7. A vring with work at hand keeps a thread of ours and one of its guest's awake. While all of them have
+//      CPUs, the guest is interrupted early rather than seldom: its next requests are there before we are
+//      out of work. Else one would have to give way to the other.
 #pragma once
 
 #include <stdatomic.h>
@@ -79,6 +82,8 @@ struct virtqueue {
     uint16_t published;         // split: used, as the guest knows it; packed: where the last batch began
     uint16_t nr_unpublished;    // packed: descriptors used since then
     bool avail_wrap, used_wrap; // packed
+    bool is_awake;              // V7: counted
+    uint16_t nr_cpus;           // of the machine
     uint16_t nr_untold;         // published, and the guest not interrupted for it (packed: descriptors)
     struct tags tags;
     const atomic_bool *is_writethrough;
@@ -169,6 +174,7 @@ void virtqueue_call(struct virtqueue *vq);
 void virtqueue_call_done(struct ring_op *op, int res);
 void virtqueue_err_done(struct ring_op *op, int res);
 void virtqueue_stop_if_idle(struct virtqueue *vq);
+void virtqueue_set_awake(struct virtqueue *vq, bool is_awake);
 
 // V3.
 void virtqueue_break(struct virtqueue *vq, const char *why);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "core/device.h"
 #include "core/queue.h"
@@ -271,6 +272,7 @@ int virtqueue_start(struct virtqueue *vq, const struct virtqueue_env *env)
     vq->main_ring = env->main_ring;
     vq->is_writethrough = env->is_writethrough;
     vq->poll_ns = env->poll_ns;
+    vq->nr_cpus = (uint16_t)min_of(sysconf(_SC_NPROCESSORS_ONLN), UINT16_MAX);
     if (!vq->num || vq->num > VIRTQUEUE_MAX_SIZE || (!vq->is_packed && !is_power_of_2(vq->num)))
         return -EINVAL;
     vq->size = (uint16_t)vq->num;
@@ -332,6 +334,7 @@ void virtqueue_stop_asked(struct ring_op *op, int res)
     (void)res;
     vq->is_stopping = true;
     ring_remove_poller(ring, &vq->poller);
+    virtqueue_set_awake(vq, false);
     if (vq->nr_untold)
         ring_defer(ring, &vq->publish_hook); // V6
     if (vq->is_kick_awaited) {
