@@ -71,13 +71,12 @@ const char *device_change_key(unsigned i, const char **values)
 // What comes past us would not notice.
 static int change_refuse_passed(struct device_change *change)
 {
-    return change->dev->options.is_passthrough
-               ? err_set(
-                     &change->err, -EBUSY,
-                     "%s: the kernel reads and writes the image without us (--passthrough); detach it, and "
-                     "attach it without that",
-                     change->dev->name)
-               : 0;
+    if (!change->dev->options.is_passthrough)
+        return 0;
+    return err_set(&change->err, -EBUSY,
+                   "%s: the kernel reads and writes the image without us (--passthrough); detach it, and "
+                   "attach it without that",
+                   change->dev->name);
 }
 
 int device_change_set(struct device_change *change, const char *key, const char *value)

@@ -122,13 +122,13 @@ class Loop(Attached):
         self.assertEqual(self.stderr, "")
         return device
 
-    def check_filesystem(self, kind, *options):
+    def check_filesystem(self, kind, attach=None):
         if f"\t{kind}\n" not in harness.read_file("/proc/filesystems").decode():
             self.skipTest(f"this kernel has no {kind}")
         image, tree = self.formatted(kind), self.path("tree")
         os.mkdir(tree)
         churn(tree, 120)
-        device = self.attach_passed(image) if "--passthrough" in options else self.attach_loop(image)
+        device = (attach or self.attach_loop)(image)
         with harness.mounted(device, kind) as point:
             harness.run("tar", "-C", tree, "-cf", os.path.join(point, "tree.tar"), ".")
             os.mkdir(os.path.join(point, "copy"))
@@ -153,10 +153,10 @@ class Loop(Attached):
         self.check_filesystem("btrfs")
 
     def test_ext4_by_passthrough(self):
-        self.check_filesystem("ext4", "--passthrough")
+        self.check_filesystem("ext4", self.attach_passed)
 
     def test_xfs_by_passthrough(self):
-        self.check_filesystem("xfs", "--passthrough")
+        self.check_filesystem("xfs", self.attach_passed)
 
     def test_passthrough_needs_no_worker_to_read_and_write(self):
         """It is stopped meanwhile. Flushes wait for it; what others write by NBD is seen."""
@@ -173,6 +173,7 @@ class Loop(Attached):
             self.assertEqual(harness.read_file(image)[M:M + 8 * K], b"p" * 8 * K)
             os.kill(shown["worker_pid"], signal.SIGCONT)
             os.fsync(file.fd)
+            self.assertEqual(json.loads(self.bight("stats", "--json", "disk"))["ops"]["flush"]["done"], 1)
             qemu_io(uri, "read -P 0x70 1M 4k", "write -P 0x71 1M 512", "flush")
             self.assertEqual(file.read(M, 4 * K), b"q" * 512 + b"p" * (4 * K - 512))
         stats = json.loads(self.bight("stats", "--json", "disk"))["ops"]
@@ -226,6 +227,7 @@ class Loop(Attached):
             image = harness.write_file(os.path.join(folder, "disk.img"), size=4 * M)
             device = self.attach_passed(image)
             self.assertEqual(harness.run("blockdev", "--getss", device).stdout.strip(), str(4 * K))
+            self.assertEqual(self.show("disk")["min_block_bytes"], 4 * K)  # to fill up less would undo what comes past us
             harness.run(*harness.MKFS["ext4"], device)
             self.bight("detach", "disk")
             self.attach("--passthrough", "--block-size", "512", image, status=2)

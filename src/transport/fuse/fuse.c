@@ -185,9 +185,8 @@ static int hold_pass(struct transport_hold *hold, const struct device *dev, stru
     if (!dev->options.is_passthrough || hold->facts[FUSE_FACT_BACKING])
         return 0;
     id = ioctl(hold->fd, FUSE_DEV_IOC_BACKING_OPEN, &map);
-    if (id <= 0)
-        return err_set(err, id ? -errno : -EPROTO, "--passthrough: %s: %s; leave it out", dev->image->path,
-                       strerror(id ? errno : EPROTO));
+    if (id < 0)
+        return err_set(err, -errno, "--passthrough: %s: %s; leave it out", dev->image->path, strerror(errno));
     hold->facts[FUSE_FACT_BACKING] = (uint64_t)id;
     return 0;
 }

@@ -34,18 +34,16 @@ void __tsan_release(void *addr);
 
 #define MIN_WAITING 12U // V6
 
-// V7: of all vrings of the process.
+// V7: vrings of the process that are not armed.
 static atomic_uint nr_awake;
 
-void virtqueue_set_awake(struct virtqueue *vq, bool is_awake)
+void virtqueue_set_armed(struct virtqueue *vq, bool is_armed)
 {
-    if (vq->is_awake == is_awake)
-        return;
-    vq->is_awake = is_awake;
-    if (is_awake)
+    if (vq->is_armed && !is_armed)
         atomic_fetch_add_explicit(&nr_awake, 1, memory_order_relaxed);
-    else
+    else if (!vq->is_armed && is_armed)
         atomic_fetch_sub_explicit(&nr_awake, 1, memory_order_relaxed);
+    vq->is_armed = is_armed;
 }
 
 // V7
@@ -442,7 +440,7 @@ static const char *virtqueue_take(struct virtqueue *vq, struct virtqueue_rq *vrq
 // lies behind already.
 static void virtqueue_disarm(struct virtqueue *vq)
 {
-    vq->is_armed = false;
+    virtqueue_set_armed(vq, false);
     if (vq->is_packed)
         store_release16(&vq->device_event->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
     else if (!vq->has_event_idx)
@@ -453,8 +451,7 @@ bool virtqueue_arm(struct ring_poller *poller)
 {
     struct virtqueue *vq = container_of(poller, struct virtqueue, poller);
 
-    virtqueue_set_awake(vq, false);
-    vq->is_armed = true;
+    virtqueue_set_armed(vq, true);
     if (vq->is_packed) {
         if (vq->has_event_idx)
             __atomic_store_n(&vq->device_event->off_wrap,
@@ -507,8 +504,6 @@ bool virtqueue_poll(struct ring_poller *poller)
         nr++;
     }
     queue_unplug(vq->queue); // the ring submits before its hooks run
-    if (nr)
-        virtqueue_set_awake(vq, true);
     if (nr && vq->is_armed)
         virtqueue_disarm(vq);
     return nr;

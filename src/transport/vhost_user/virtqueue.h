@@ -75,14 +75,13 @@ struct virtqueue {
     unsigned hint; // for memory_at()
     bool is_packed, has_event_idx;
     bool is_stopping, is_broken;
-    bool is_armed; // kicks are asked for
+    bool is_armed; // kicks are asked for; V7: else it is counted
     bool is_kick_awaited, is_call_queued, is_err_queued, is_call_due;
     uint16_t size;
     uint16_t avail, used;       // ours: split: counters; packed: places in the ring
     uint16_t published;         // split: used, as the guest knows it; packed: where the last batch began
     uint16_t nr_unpublished;    // packed: descriptors used since then
     bool avail_wrap, used_wrap; // packed
-    bool is_awake;              // V7: counted
     uint16_t nr_cpus;           // of the machine
     uint16_t nr_untold;         // published, and the guest not interrupted for it (packed: descriptors)
     struct tags tags;
@@ -174,7 +173,7 @@ void virtqueue_call(struct virtqueue *vq);
 void virtqueue_call_done(struct ring_op *op, int res);
 void virtqueue_err_done(struct ring_op *op, int res);
 void virtqueue_stop_if_idle(struct virtqueue *vq);
-void virtqueue_set_awake(struct virtqueue *vq, bool is_awake);
+void virtqueue_set_armed(struct virtqueue *vq, bool is_armed);
 
 // V3.
 void virtqueue_break(struct virtqueue *vq, const char *why);

@@ -266,6 +266,7 @@ int virtqueue_start(struct virtqueue *vq, const struct virtqueue_env *env)
     int ret;
 
     virtqueue_clean(vq);
+    vq->is_armed = true; // what the first look finds changes that
     vq->is_packed = env->features & VU_BIT(VIRTIO_F_RING_PACKED);
     vq->has_event_idx = env->features & VU_BIT(VIRTIO_RING_F_EVENT_IDX);
     vq->memory = env->memory;
@@ -334,7 +335,7 @@ void virtqueue_stop_asked(struct ring_op *op, int res)
     (void)res;
     vq->is_stopping = true;
     ring_remove_poller(ring, &vq->poller);
-    virtqueue_set_awake(vq, false);
+    virtqueue_set_armed(vq, true); // V7
     if (vq->nr_untold)
         ring_defer(ring, &vq->publish_hook); // V6
     if (vq->is_kick_awaited) {
